@@ -1,0 +1,55 @@
+# `make` lists the targets. PYTHON and VENV choose the interpreter and the environment:
+#     make test PYTHON=python3.13 VENV=.venv313
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV   ?= .venv
+DATA   ?=
+
+python     := $(VENV)/bin/python
+benchmarks := $(filter-out %/posteriordb.py,$(wildcard tests/benchmarks/[!_]*.py))
+papers     := $(wildcard examples/papers/[!_]*.py)
+
+# $(call run,scripts): run them one after the other, stop at the first that fails.
+run = @set -e; for script in $(1); do printf '\n== %s ==\n' "$$script"; $(python) "$$script"; done
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench papers clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-examples  ## fit a model with a sampler that never backpropagates
+	$(python) examples/3_mcmc_and_arviz.py
+
+test: $(VENV)/.installed-test  ## run the tests; ARGS goes to pytest
+	$(python) -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## check style, format and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(python)
+
+bench: $(VENV)/.installed-test  ## print the benchmark tables; DATA=dir adds posteriordb's
+	$(call run,$(benchmarks))
+ifeq ($(DATA),)
+	@printf '\nLeft out: tests/benchmarks/posteriordb.py. It needs data: make bench DATA=dir\n'
+else
+	@printf '\n== tests/benchmarks/posteriordb.py ==\n'
+	@$(python) tests/benchmarks/posteriordb.py --data '$(DATA)'
+endif
+
+papers: $(VENV)/.installed-examples  ## run the longer reproductions
+	$(call run,$(papers))
+
+clean:  ## remove environments, caches and built packages
+	rm -rf $(VENV) .venv* build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The package and one of its extras, installed anew when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/pip
+	$(python) -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""NumPyro models, imported as `probbp.models`; each has its guide where it needs one."""

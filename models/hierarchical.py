@@ -1,0 +1,42 @@
+"""Regression whose intercepts vary by group and share what they have in common."""
+
+import jax
+import numpyro
+import numpyro.distributions as dist
+
+
+def model(
+    x: jax.Array,
+    group: jax.Array,
+    y: jax.Array | None = None,
+    *,
+    num_groups: int,
+    scale: float = 1.0,
+    is_centered: bool = True,
+) -> None:
+    r"""Linear regression with common slopes and partially pooled intercepts.
+
+    .. math::
+        \alpha_g \sim N(\mu, \tau), \qquad y_i \sim N(\alpha_{g(i)} + \beta \cdot x_i,\, \sigma)
+
+    Args:
+        x: (rows, features), best standardised.
+        group: (rows,), integers below `num_groups`.
+        y: (rows,), best standardised; `None` to predict.
+        num_groups: number of groups.
+        scale: of the priors of mean and spread of the intercepts, of slopes and noise.
+        is_centered: whether alpha is sampled itself, best where groups have much data, or as
+            mu + tau z with z ~ N(0, 1), best where they have little.
+    """
+    mu = numpyro.sample("mu", dist.Normal(0, scale))
+    tau = numpyro.sample("tau", dist.HalfNormal(scale))
+    beta = numpyro.sample("beta", dist.Normal(0, scale).expand([x.shape[1]]).to_event(1))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(scale))
+    with numpyro.plate("group", num_groups):
+        if is_centered:
+            alpha = numpyro.sample("alpha", dist.Normal(mu, tau))
+        else:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            alpha = numpyro.deterministic("alpha", mu + tau * z)
+    with numpyro.plate("rows", x.shape[0]):
+        numpyro.sample("y", dist.Normal(alpha[group] + x @ beta, sigma), obs=y)

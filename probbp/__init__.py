@@ -1,0 +1,22 @@
+"""Gradient estimators for Bayesian inference on JAX: samplers, estimators, and where they plug in.
+
+A gradient is an estimate, and inference should be free to choose it.
+"""
+
+from probbp import estimators
+from probbp.samplers.adaptation import warmup
+from probbp.samplers.chains import sample
+from probbp.samplers.fmala import fmala, pc_fmala
+from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
+from probbp.samplers.mala import mala
+
+__all__ = [
+    "estimators",
+    "fmala",
+    "line_fmala",
+    "mala",
+    "pc_fmala",
+    "pc_line_fmala",
+    "sample",
+    "warmup",
+]

@@ -1,0 +1,98 @@
+"""The door to ArviZ: chains of any BlackJAX sampler as the object that the installed ArviZ reads.
+
+ArviZ 0.23 holds an `InferenceData`, ArviZ 1 an `xarray.DataTree`; their `from_dict` take different
+arguments under one name. This adapter serves both.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import arviz
+import jax
+import numpy as np
+
+from probbp.types import Tree
+
+# A BlackJAX info's field, and the name under which ArviZ knows it.
+_STATISTICS = {
+    "acceptance_rate": "acceptance_rate",
+    "is_accepted": "accepted",
+    "is_divergent": "diverging",
+    "energy": "energy",
+    "num_integration_steps": "n_steps",
+    "step_size": "step_size",
+}
+
+
+def from_blackjax(
+    states: Any,
+    infos: Any = None,
+    *,
+    postprocess_fn: Callable[[Tree], Tree] | None = None,
+    sample_stats: Mapping[str, Any] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Any] | None = None,
+) -> Any:
+    """Turn the chains of a BlackJAX sampler into ArviZ's object.
+
+    Args:
+        states: states of the kernel (anything with a `position`) or positions, every leaf with
+            leading axes (chain, draw).
+        infos: infos of the kernel with the same axes; what ArviZ knows of them (acceptance rate,
+            divergences, energy, steps) goes to `sample_stats`.
+        postprocess_fn: applied to each position, e.g. from unconstrained to constrained space.
+        sample_stats: further statistics (chain, draw), which win over those of `infos`.
+        coords: names of the values along a dimension, as ArviZ takes them.
+        dims: names of the dimensions of a variable, as ArviZ takes them.
+
+    Returns:
+        An `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with `posterior` and
+        `sample_stats`. A position that is one array is called "x"; nested names are joined by dots.
+
+    Raises:
+        ValueError: if a leaf lacks the axes (chain, draw).
+
+    Example:
+        >>> import blackjax, jax, jax.numpy as jnp
+        >>> from probbp.diagnostics import from_blackjax
+        >>> nuts = blackjax.nuts(lambda x: -0.5 * x["a"] ** 2, 0.5, jnp.ones(1))
+        >>> run = lambda key: blackjax.util.run_inference_algorithm(
+        ...     key, nuts, 10, initial_position={"a": 0.0})[1]
+        >>> states, infos = jax.vmap(run)(jax.random.split(jax.random.key(0), 4))
+        >>> from_blackjax(states, infos).posterior["a"].shape
+        (4, 10)
+    """
+    positions = getattr(states, "position", states)
+    posterior_positions = positions
+    if postprocess_fn is not None:
+        posterior_positions = jax.jit(jax.vmap(jax.vmap(postprocess_fn)))(positions)
+    posterior = _named(posterior_positions)
+    statistics = {}
+    if hasattr(states, "logdensity"):
+        statistics["lp"] = np.asarray(states.logdensity)
+    for field, name in _STATISTICS.items():
+        if hasattr(infos, field):
+            statistics[name] = np.asarray(getattr(infos, field))
+    statistics |= {name: np.asarray(value) for name, value in (sample_stats or {}).items()}
+
+    shape = next(iter(posterior.values())).shape[:2]
+    for name, value in {**posterior, **statistics}.items():
+        if value.ndim < 2 or value.shape[:2] != shape:
+            raise ValueError(
+                f"{name!r} has shape {value.shape}, but needs leading axes (chain, draw) = {shape}."
+                " Stack the chains with jax.vmap; give a single chain a first axis of one."
+            )
+    groups = {"posterior": posterior, "sample_stats": statistics}
+    groups = {name: variables for name, variables in groups.items() if variables}
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return arviz.from_dict(groups, coords=coords, dims=dims)
+    return arviz.from_dict(**groups, coords=coords, dims=dims)
+
+
+def _named(positions: Tree) -> dict[str, np.ndarray]:
+    """Name the leaves of a pytree by their paths."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(positions):
+        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+        named[name or "x"] = np.asarray(leaf)
+    return named

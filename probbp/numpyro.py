@@ -1,0 +1,295 @@
+"""The door to NumPyro: any BlackJAX-style algorithm in NumPyro's own `MCMC`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed, trace
+from numpyro.infer import init_to_uniform
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import initialize_model
+from numpyro.util import identity, is_prng_key
+
+from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
+from probbp.samplers.algorithm import target_acceptance_rate
+from probbp.types import LogDensity, Tree
+
+
+class KernelState(NamedTuple):
+    """State of `Kernel`, under the names that NumPyro and ArviZ read.
+
+    Attributes:
+        i: steps made, warm-up included.
+        z: the position, unconstrained.
+        potential_energy: minus the log density at z.
+        accept_prob: acceptance probability of the last proposal.
+        mean_accept_prob: its running mean, started anew after warm-up.
+        diverging: whether the last proposal had a log density that was NaN or infinite.
+        adapt_state: step size and inverse mass matrix, frozen after warm-up.
+        algorithm_state: the state of the algorithm itself.
+        rng_key: key of the next step.
+    """
+
+    i: jax.Array
+    z: Tree
+    potential_energy: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    diverging: jax.Array
+    adapt_state: AdaptationState
+    algorithm_state: Any
+    rng_key: jax.Array
+
+
+class Kernel(MCMCKernel):
+    """A sampler for `numpyro.infer.MCMC` from any algorithm of ours or of BlackJAX.
+
+    Every `chain_method` works (sequential, parallel, vectorized), as do `extra_fields`
+    (`potential_energy`, `accept_prob`, `adapt_state.step_size`), resuming from `last_state`, and
+    NumPyro's `Gibbs` for models with discrete sites. Nothing differentiates the model but the
+    algorithm itself: with the forward ones, models with loops of dynamic length are accepted.
+
+    Args:
+        model: a NumPyro model with continuous latent sites.
+        algorithm: `(logdensity_fn, step_size=..., inverse_mass_matrix=...) -> SamplingAlgorithm`,
+            such as `probbp.fmala` or `functools.partial(probbp.line_fmala, num_tangents=4)`.
+        potential_fn: instead of a model, minus the log density of a position; `MCMC.run` then needs
+            `init_params`.
+        step_size: where the search for a step size starts.
+        target_accept_prob: by default the algorithm's best, known for ours.
+        metric: the scale to learn: "diag", "dense", "low_rank", a BlackJAX `MetricRecipe`, or
+            `None` for an algorithm that takes no inverse mass matrix.
+        init_strategy: NumPyro's, per site.
+
+    Raises:
+        ValueError: for neither or both of `model` and `potential_fn`, a model without latent
+            sites, or one with discrete ones.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, probbp
+        >>> from numpyro.infer import MCMC
+        >>> from probbp.numpyro import Kernel
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mean, 1), obs=y)
+        >>> mcmc = MCMC(Kernel(model, probbp.pc_line_fmala), num_warmup=100, num_samples=100,
+        ...             progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), jnp.ones(5))
+    """
+
+    sample_field = "z"
+    default_fields = ("z", "diverging")
+
+    def __init__(
+        self,
+        model: Callable | None = None,
+        algorithm: Callable | None = None,
+        *,
+        potential_fn: LogDensity | None = None,
+        step_size: float = 1.0,
+        target_accept_prob: float | None = None,
+        metric: Metric = "diag",
+        init_strategy: Callable = init_to_uniform,
+    ):
+        if (model is None) == (potential_fn is None):
+            raise ValueError("Give Kernel either a model or a potential_fn.")
+        if algorithm is None:
+            raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
+        if target_accept_prob is None:
+            target_accept_prob = target_acceptance_rate(algorithm)
+        self._model = model
+        self._algorithm = algorithm
+        self._potential_fn = potential_fn
+        self._step_size = step_size
+        self._target_accept_prob = target_accept_prob
+        self._metric = metric
+        self._init_strategy = init_strategy
+        self._reset()
+
+    def _reset(self) -> None:
+        self._potential_fn_gen: Callable | None = None
+        self._postprocess_fn: Callable | None = None
+        self._sample_fn: Callable | None = None
+
+    @property
+    def model(self) -> Callable | None:
+        """The model, which ArviZ reads; `None` for a kernel from a potential."""
+        return self._model
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+        """Return the first state: one chain's, or several chains' for several keys."""
+        model_kwargs = {} if model_kwargs is None else model_kwargs
+        is_single = is_prng_key(rng_key)
+        split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
+        rng_key, key_model = split(rng_key)
+        start = self._start(key_model, init_params, model_args, model_kwargs)
+        adapt = adaptation(
+            num_warmup,
+            self._target_accept_prob,
+            metric=self._metric,
+            initial_step_size=self._step_size,
+        )
+
+        def init_chain(key, position):
+            key, key_init = jax.random.split(key)
+            adapt_state = adapt.init(position)
+            bound = self._bind(adapt_state, model_args, model_kwargs)
+            state = bound.init(position, key_init)
+            zero = jnp.zeros_like(state.logdensity)
+            return KernelState(
+                jnp.zeros((), dtype=jnp.int32),
+                state.position,
+                -state.logdensity,
+                zero,
+                zero,
+                jnp.array(False),
+                adapt_state,
+                state,
+                key,
+            )
+
+        def sample_chain(state, model_args, model_kwargs):
+            return self._step(adapt, num_warmup, state, model_args, model_kwargs)
+
+        self._sample_fn = (
+            sample_chain if is_single else jax.vmap(sample_chain, in_axes=(0, None, None))
+        )
+        return (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+
+    def sample(self, state, model_args, model_kwargs):
+        """Make one step."""
+        if self._sample_fn is None:
+            raise RuntimeError("Kernel.init must be called before Kernel.sample.")
+        return self._sample_fn(state, model_args, model_kwargs)
+
+    def postprocess_fn(self, model_args, model_kwargs):
+        """Return the map from unconstrained positions to the model's sites."""
+        if self._postprocess_fn is None:
+            return identity
+        return self._postprocess_fn(*model_args, **model_kwargs)
+
+    def get_diagnostics_str(self, state):
+        """Return what the progress bar says."""
+        return (
+            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
+        )
+
+    def refresh(self, state, model_args, model_kwargs):
+        """Recompute what the state holds of the log density, for changed conditioning values."""
+        rng_key, key_init = jax.random.split(state.rng_key)
+        bound = self._bind(state.adapt_state, model_args, model_kwargs or {})
+        algorithm_state = bound.init(state.z, key_init)
+        return state._replace(
+            potential_energy=-algorithm_state.logdensity,
+            algorithm_state=algorithm_state,
+            rng_key=rng_key,
+        )
+
+    def wrap_model(self, wrapper):
+        """Return a copy of this kernel for `wrapper(model)`."""
+        if self._model is None:
+            raise ValueError("A Kernel built from a potential_fn has no model to wrap.")
+        kernel = copy.copy(self)
+        kernel._model = wrapper(self._model)
+        kernel._reset()
+        return kernel
+
+    def _start(self, rng_key, init_params, model_args, model_kwargs) -> Tree:
+        if self._model is None:
+            if init_params is None:
+                raise ValueError("A Kernel built from a potential_fn needs MCMC.run(init_params=).")
+            return init_params
+        one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
+        _check_sites(self._model, one_key, model_args, model_kwargs)
+        info = initialize_model(
+            rng_key,
+            self._model,
+            init_strategy=self._init_strategy,
+            dynamic_args=True,
+            model_args=model_args,
+            model_kwargs=model_kwargs,
+            validate_grad=False,
+        )
+        self._potential_fn_gen = info.potential_fn
+        self._postprocess_fn = info.postprocess_fn
+        return info.param_info.z if init_params is None else init_params
+
+    def _bind(self, adapt_state, model_args, model_kwargs):
+        """Return the algorithm on this model's log density with the current parameters."""
+        if self._potential_fn_gen is None:
+            potential_fn = self._potential_fn
+        else:
+            potential_fn = self._potential_fn_gen(*model_args, **model_kwargs)
+        return self._algorithm(lambda z: -potential_fn(z), **parameters(adapt_state))
+
+    def _step(self, adapt, num_warmup, state, model_args, model_kwargs):
+        rng_key, key_step = jax.random.split(state.rng_key)
+        bound = self._bind(state.adapt_state, model_args, model_kwargs)
+        algorithm_state, info = bound.step(key_step, state.algorithm_state)
+        adapt_state = state.adapt_state
+        if num_warmup:
+            adapt_state = jax.lax.cond(
+                state.i < num_warmup,
+                lambda s: adapt.update(
+                    s,
+                    adapt.schedule[jnp.minimum(state.i, num_warmup - 1)],
+                    algorithm_state.position,
+                    info.acceptance_rate,
+                ),
+                lambda s: s,
+                adapt_state,
+            )
+            adapt_state = jax.lax.cond(
+                state.i == num_warmup - 1, adapt.final, lambda s: s, adapt_state
+            )
+        i = state.i + 1
+        num = jnp.where(i <= num_warmup, i, i - num_warmup)
+        mean = jnp.where(num == 1, 0.0, state.mean_accept_prob)
+        accept_prob = info.acceptance_rate.astype(mean.dtype)
+        diverging = getattr(info, "is_divergent", jnp.array(False))
+        return KernelState(
+            i,
+            algorithm_state.position,
+            -algorithm_state.logdensity,
+            accept_prob,
+            mean + (accept_prob - mean) / num,
+            diverging,
+            adapt_state,
+            algorithm_state,
+            rng_key,
+        )
+
+    def __getstate__(self):
+        """Leave closures out of a pickle; `init` makes them anew."""
+        return self.__dict__ | {
+            "_sample_fn": None,
+            "_potential_fn_gen": None,
+            "_postprocess_fn": None,
+        }
+
+
+def _check_sites(model, rng_key, model_args, model_kwargs) -> None:
+    """Require latent sites, all of them continuous."""
+    sites = trace(seed(model, rng_key)).get_trace(*model_args, **model_kwargs)
+    latent = {
+        name: site
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+    if discrete:
+        raise ValueError(
+            f"The latent sites {discrete} are discrete, and Langevin moves can't change them. Sum "
+            "them out (numpyro.distributions.MixtureSameFamily), or make this kernel a block of "
+            "numpyro.infer.Gibbs beside DiscreteGibbs."
+        )
+    if not latent:
+        raise ValueError(
+            "The model has no latent site to sample: every sample site is observed. Check the "
+            "arguments of MCMC.run, and numpyro.handlers.condition."
+        )
+
+
+__all__ = ["Kernel", "KernelState"]

@@ -1,0 +1,1 @@
+"""Samplers: BlackJAX algorithms whose gradient may be an estimate."""

@@ -1,0 +1,39 @@
+"""What a sampler of ours offers: BlackJAX's own API object, and the acceptance rate to tune for."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from blackjax import GenerateSamplingAPI
+
+
+@dataclasses.dataclass
+class Algorithm(GenerateSamplingAPI):
+    """A BlackJAX algorithm that knows its best acceptance rate.
+
+    Called, it takes `(logdensity_fn, step_size, inverse_mass_matrix=None, **options)` and returns
+    a `blackjax.SamplingAlgorithm`; `init` and `build_kernel` are BlackJAX's. Options are keywords
+    of the kernel, so that `blackjax.window_adaptation(algorithm, logdensity_fn, **options)` and
+    `functools.partial(algorithm, **options)` both work.
+    """
+
+    target_acceptance_rate: Callable[..., float]
+
+
+def target_acceptance_rate(algorithm: Callable) -> float:
+    """Look up the acceptance rate that an algorithm, or a `functools.partial` of one, is tuned for.
+
+    Raises:
+        ValueError: if the algorithm is none of ours, whose best rate is the caller's to say.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(algorithm, partial):
+        options = {**algorithm.keywords, **options}
+        algorithm = algorithm.func
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(
+            f"No target acceptance rate is known for {algorithm}: pass target_acceptance_rate "
+            "(0.234 for random walks, 0.574 for MALA, 0.8 for HMC and NUTS)."
+        )
+    return algorithm.target_acceptance_rate(**options)

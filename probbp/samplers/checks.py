@@ -1,0 +1,81 @@
+"""Bad input, told at the door in words."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from probbp.types import LogDensity, Tree
+
+
+def check_position(position: Tree) -> None:
+    """Require floating-point leaves, and at least one."""
+    leaves = jax.tree_util.tree_leaves_with_path(position)
+    if not sum(jnp.size(leaf) for _, leaf in leaves):
+        raise ValueError(
+            "The position holds no parameter to sample: give it at least one floating-point array."
+        )
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"Langevin moves need floating-point positions, but "
+                f"position{jax.tree_util.keystr(path)} has dtype {dtype}. Cast it "
+                "(`x.astype(float)`), or sum a discrete variable out of the log density."
+            )
+
+
+def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
+    """Require a real scalar."""
+    out = jax.eval_shape(logdensity_fn, position)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"logdensity_fn must return one scalar, not {type(out).__name__}; "
+            "drop auxiliary outputs (`lambda x: logdensity_fn(x)[0]`)."
+        )
+    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"logdensity_fn must return a floating-point scalar, got shape {out.shape} and dtype "
+            f"{out.dtype}. Sum the terms of the log density (`jnp.sum`)."
+        )
+
+
+def check_start(logdensity: jax.Array) -> None:
+    """Require a finite log density where a chain starts, unless it is being traced."""
+    if not isinstance(logdensity, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(logdensity))):
+        raise ValueError(
+            f"The log density at the start is {logdensity}: a chain can't leave such a point. "
+            "Start inside the support (for a NumPyro model: initialize_model, or Kernel's "
+            "init_strategy), and look for overflow there."
+        )
+
+
+def check_step_size(step_size: float | jax.Array) -> None:
+    """Require a positive, finite step size, unless it is being traced."""
+    if not isinstance(step_size, jax.core.Tracer):
+        value = jnp.asarray(step_size)
+        if not bool(jnp.all(jnp.isfinite(value) & (value > 0))):
+            raise ValueError(
+                f"step_size must be positive and finite, got {step_size}. It is BlackJAX's h (drift"
+                " h * gradient, noise sqrt(2 h)); `probbp.sample` finds one by itself."
+            )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Require one of the choices."""
+    if value not in choices:
+        raise ValueError(f"Unknown {name}={value!r}: choose one of {', '.join(choices)}.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Require a positive integer."""
+    if value < 1 or value != int(value):
+        raise ValueError(f"{name} must be a positive integer, got {value}.")
+
+
+def check_floor(floor: float) -> None:
+    """Require a floor that is not negative."""
+    if not floor >= 0:
+        raise ValueError(
+            f"floor must not be negative, got {floor}; 0 takes the curvature as it is."
+        )

@@ -1,0 +1,114 @@
+r"""Slope and curvature of a log density along tangents, in forward mode only.
+
+A `Curvature` maps a log density to `(position, tangents) -> (logdensity, slopes, curvature)`, with
+k tangents stacked along the first axis of every leaf, slopes of shape (k,) and a symmetric (k, k)
+curvature.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probbp.types import LogDensity, Tree
+
+FLOOR = 1e-3
+"""Default floor of the curvature, in units of the inverse mass matrix."""
+
+Curvature = Callable[[LogDensity], Callable[[Tree, Tree], tuple[jax.Array, jax.Array, jax.Array]]]
+
+
+def magnitude(curvature: jax.Array, floor: float) -> jax.Array:
+    """Return a smooth absolute value, at least `floor`; with `floor=0` the absolute value."""
+    return jnp.sqrt(curvature**2 + floor**2)
+
+
+def no_curvature(logdensity_fn: LogDensity) -> Callable:
+    """Return value and slopes, and `None` for the curvature; k Jacobian-vector products that share the value's work."""
+
+    def derivatives(position, tangents):
+        def pushforward(tangent):
+            return jax.jvp(logdensity_fn, (position,), (tangent,))
+
+        logdensity, slope = jax.vmap(pushforward, out_axes=(None, 0))(tangents)
+        return logdensity, slope, None
+
+    return derivatives
+
+
+def hessian(logdensity_fn: LogDensity) -> Callable:
+    r"""Return value, slopes and the Hessian on the plane, by nested Jacobian-vector products.
+
+    The entries are :math:`v_i^\top \nabla^2 f(x)\, v_j`, k (k + 1) / 2 nested products.
+    """
+
+    def derivatives(position, tangents):
+        num = jax.tree.leaves(tangents)[0].shape[0]
+        rows, columns = np.triu_indices(num)
+
+        def second(row, column):
+            v, w = (jax.tree.map(lambda leaf: leaf[i], tangents) for i in (row, column))
+            (logdensity, _), (slope, curvature) = jax.jvp(
+                lambda x: jax.jvp(logdensity_fn, (x,), (w,)), (position,), (v,)
+            )
+            return logdensity, slope, curvature
+
+        logdensity, slope, upper = jax.vmap(second, out_axes=(None, 0, 0))(rows, columns)
+        full = jnp.zeros((num, num), upper.dtype).at[rows, columns].set(upper)
+        return logdensity, slope[rows == columns], full + jnp.triu(full, 1).T
+
+    return derivatives
+
+
+def gauss_newton(
+    predict_fn: Callable[[Tree], Tree],
+    loglikelihood_fn: Callable[[Tree], jax.Array],
+    logprior_fn: LogDensity,
+) -> Curvature:
+    r"""Return Gauss-Newton curvature for a model that exposes its predictions.
+
+    For :math:`f(x) = \ell(p(x)) + \log\pi_0(x)` with :math:`\ell` concave in the predictions p,
+
+    .. math::
+        (J v)^\top \nabla^2 \ell\, (J w) + v^\top \nabla^2 \log\pi_0\, w
+
+    never changes its sign for a log-concave prior, and needs one Jacobian-vector product of
+    `predict_fn` a tangent; second derivatives are taken of the two cheap functions only.
+
+    Args:
+        predict_fn: position to predictions (any pytree), the expensive part.
+        loglikelihood_fn: predictions to the log likelihood, a scalar.
+        logprior_fn: position to the log prior, a scalar. The sum of the two must be the sampler's
+            log density up to a constant.
+
+    Returns:
+        What `pc_fmala` and `pc_line_fmala` take as `curvature`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probbp
+        >>> from probbp.samplers.curvature import gauss_newton
+        >>> x, y = jnp.linspace(0, 1, 20), jnp.linspace(0, 2, 20)
+        >>> predict = lambda p: jnp.tanh(p[0] * x) * p[1]
+        >>> loglikelihood = lambda mean: -0.5 * jnp.sum((y - mean) ** 2)
+        >>> logprior = lambda p: -0.5 * jnp.sum(p**2)
+        >>> sampler = probbp.pc_line_fmala(
+        ...     lambda p: loglikelihood(predict(p)) + logprior(p), step_size=1.28,
+        ...     curvature=gauss_newton(predict, loglikelihood, logprior))
+    """
+
+    def curvature(logdensity_fn):
+        del logdensity_fn
+        likelihood = hessian(loglikelihood_fn)
+        prior = hessian(logprior_fn)
+
+        def derivatives(position, tangents):
+            predictions, directions = jax.vmap(
+                lambda tangent: jax.jvp(predict_fn, (position,), (tangent,)), out_axes=(None, 0)
+            )(tangents)
+            terms = zip(likelihood(predictions, directions), prior(position, tangents), strict=True)
+            return tuple(a + b for a, b in terms)
+
+        return derivatives
+
+    return curvature

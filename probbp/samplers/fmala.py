@@ -1,0 +1,226 @@
+r"""Langevin moves along a random tangent, with noise in all directions: FMALA and PC-FMALA.
+
+Cobb & Jha, 2025, arXiv:2505.18081. The drift is the slope of the log density along one random
+tangent, a Jacobian-vector product: no reverse pass, so that memory does not grow with the depth of
+the model, and log densities with loops of dynamic length are accepted.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.mcmc.mala import MALAState
+from blackjax.mcmc.metrics import default_metric
+from blackjax.util import generate_unit_vector
+
+from probbp.samplers import checks
+from probbp.samplers.algorithm import Algorithm
+from probbp.samplers.curvature import FLOOR, Curvature, hessian, magnitude, no_curvature
+from probbp.samplers.mala import KeyPolicy, Local, MALAInfo, key_of, langevin_step
+from probbp.samplers.whitening import whitening
+from probbp.types import LogDensity, Tree
+
+
+def init(
+    position: Tree,
+    logdensity_fn: LogDensity,
+    rng_key: jax.Array | None = None,
+    *,
+    inverse_mass_matrix: Any = None,
+) -> MALAState:
+    """Return the state at a position, with the estimate along a first random tangent.
+
+    Without a key the tangent is hashed from the bits of the position. One Jacobian-vector product.
+
+    Raises:
+        TypeError: for integer positions, and a log density that is no scalar.
+        ValueError: for a log density that is not finite at the position.
+    """
+    checks.check_position(position)
+    checks.check_logdensity(logdensity_fn, position)
+    position = jax.tree.map(jnp.asarray, position)
+    rng_key = key_of(position) if rng_key is None else rng_key
+    white = whitening(inverse_mass_matrix, position)
+    tangent = generate_unit_vector(rng_key, position)
+    logdensity, slope = jax.jvp(logdensity_fn, (position,), (white.unwhiten(tangent),))
+    checks.check_start(logdensity)
+    return MALAState(position, logdensity, white.push(optax.tree.scale(slope, tangent)))
+
+
+def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
+    r"""Build the kernel of `fmala`, or of `pc_fmala`.
+
+    With a unit tangent v, a the slope and eta the curvature along it (eta = 1 for `fmala`), and
+    gamma the `drift_scale`,
+
+    .. math::
+        y = x + h \gamma\, (a/\eta)\, v + \sqrt{2 h / \eta}\, z,
+
+    and the reverse move takes slope and curvature at y along the same tangent (`"shared"`), a fresh
+    one (`"refreshed"`, as published), or one that then stays in the state (`"carried"`).
+    """
+
+    def kernel(
+        rng_key: jax.Array,
+        state: MALAState,
+        logdensity_fn: LogDensity,
+        step_size: float,
+        inverse_mass_matrix: Any = None,
+        *,
+        key_policy: KeyPolicy = key_policy,
+        drift_scale: float = 1.0,
+        curvature: Curvature = curvature,
+        floor: float = FLOOR,
+    ) -> tuple[MALAState, MALAInfo]:
+        white = whitening(inverse_mass_matrix, state.position)
+        derivatives = curvature(logdensity_fn)
+
+        def local_fn(key, position):
+            tangent = generate_unit_vector(key, position)
+            direction = jax.tree.map(lambda leaf: leaf[None], white.unwhiten(tangent))
+            logdensity, slope, second = derivatives(position, direction)
+            precision = 1.0 if second is None else magnitude(second[0, 0], floor)
+            grad = optax.tree.scale(slope[0], tangent)
+            return Local(logdensity, grad, precision * jnp.ones_like(logdensity))
+
+        return langevin_step(rng_key, state, local_fn, step_size, white, key_policy, drift_scale)
+
+    return kernel
+
+
+def top_level_api(
+    build: Callable, logdensity_fn: LogDensity, step_size: float, metric: Any, **options
+) -> SamplingAlgorithm:
+    """Bind a kernel of the family to a log density, a step size, a scale and its options."""
+    checks.check_step_size(step_size)
+    metric = None if metric is None else default_metric(metric)
+    return build_sampling_algorithm(
+        partial(build(), **options),
+        lambda position, logdensity_fn, rng_key: init(
+            position, logdensity_fn, rng_key, inverse_mass_matrix=metric
+        ),
+        logdensity_fn,
+        kernel_args=(step_size, metric),
+        pass_rng_key_to_init=True,
+    )
+
+
+def as_top_level_api(
+    logdensity_fn: LogDensity,
+    step_size: float,
+    inverse_mass_matrix: Any = None,
+    *,
+    key_policy: KeyPolicy = "carried",
+    drift_scale: float = 1.0,
+) -> SamplingAlgorithm:
+    """FMALA: MALA whose drift is the slope along one random unit tangent.
+
+    Exact: the invariant distribution. Estimated: the drift, one direction of d at a time, so that
+    it mixes like a random walk when d is large (best acceptance 0.234; MALA's is 0.574). One
+    Jacobian-vector product a step carried, two otherwise; noise in all directions.
+
+    Args:
+        logdensity_fn: log density up to a constant; a position to a scalar.
+        step_size: BlackJAX's h. The paper's epsilon is sqrt(2 h).
+        inverse_mass_matrix: `None` for the identity, or (d,), (d, d) or low rank, as in BlackJAX.
+            The tangent is uniform on the sphere of its coordinates.
+        key_policy: where the tangents of a move come from: `"carried"` keeps the current point's,
+            with its slope, until a move is accepted (one JVP a step); `"refreshed"` draws both in
+            each step, as published; `"shared"` uses one for both ends.
+        drift_scale: gamma. 1 as published; d makes the drift unbiased for the gradient, which
+            mixes far worse.
+
+    Returns:
+        A `blackjax.SamplingAlgorithm`.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, or an unknown policy.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probbp
+        >>> fmala = probbp.fmala(lambda x: -0.5 * jnp.sum(x**2), step_size=0.5)
+        >>> state = fmala.init(jnp.zeros(2), jax.random.key(1))
+        >>> state, info = jax.jit(fmala.step)(jax.random.key(0), state)
+
+    Reference:
+        Cobb & Jha, 2025, arXiv:2505.18081 (FMALA; the carried and shared policies are ours).
+    """
+    checks.check_choice("key_policy", key_policy, ("carried", "refreshed", "shared"))
+    return top_level_api(
+        build_fmala_kernel,
+        logdensity_fn,
+        step_size,
+        inverse_mass_matrix,
+        key_policy=key_policy,
+        drift_scale=drift_scale,
+    )
+
+
+def pc_as_top_level_api(
+    logdensity_fn: LogDensity,
+    step_size: float,
+    inverse_mass_matrix: Any = None,
+    *,
+    key_policy: KeyPolicy = "shared",
+    drift_scale: float = 1.0,
+    curvature: Curvature = hessian,
+    floor: float = FLOOR,
+) -> SamplingAlgorithm:
+    """PC-FMALA: FMALA whose step follows the curvature along the tangent.
+
+    Exact: the invariant distribution. Estimated: drift, and an isotropic scale that varies with the
+    position. Two nested Jacobian-vector products a step.
+
+    With a fresh tangent at the far end, as published, the scales of the two ends do not agree even
+    as the step goes to zero, and the acceptance rate has a ceiling below one. The shared tangent
+    has none, hence the default.
+
+    Args:
+        logdensity_fn: log density up to a constant; a position to a scalar.
+        step_size: BlackJAX's h, in units of the inverse curvature. The paper's epsilon is
+            sqrt(2 h) with its D = 1; its D = d is `drift_scale=d` with epsilon sqrt(2 h d).
+        inverse_mass_matrix: as in `fmala`.
+        key_policy: `"shared"` or `"refreshed"` (as published).
+        drift_scale: gamma, as in `fmala`.
+        curvature: `hessian`, or `gauss_newton(...)` for models that expose their predictions.
+        floor: the curvature is sqrt(c^2 + floor^2), in units of the inverse mass matrix; 0 as
+            published, where an inflection of the density sends the chain arbitrarily far.
+
+    Returns:
+        A `blackjax.SamplingAlgorithm`.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, or an unknown policy.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probbp
+        >>> pc_fmala = probbp.pc_fmala(lambda x: -0.5 * jnp.sum(x**2), step_size=0.5)
+        >>> state = pc_fmala.init(jnp.zeros(2))
+        >>> state, info = jax.jit(pc_fmala.step)(jax.random.key(0), state)
+
+    Reference:
+        Cobb & Jha, 2025, arXiv:2505.18081 (PC-FMALA; shared tangent and floor are ours).
+    """
+    checks.check_choice("key_policy", key_policy, ("refreshed", "shared"))
+    checks.check_floor(floor)
+    return top_level_api(
+        build_pc_fmala_kernel,
+        logdensity_fn,
+        step_size,
+        inverse_mass_matrix,
+        key_policy=key_policy,
+        drift_scale=drift_scale,
+        curvature=curvature,
+        floor=floor,
+    )
+
+
+build_fmala_kernel = partial(build_kernel, no_curvature, "carried")
+build_pc_fmala_kernel = partial(build_kernel, hessian, "shared")
+
+fmala = Algorithm(as_top_level_api, init, build_fmala_kernel, lambda **options: 0.234)
+pc_fmala = Algorithm(pc_as_top_level_api, init, build_pc_fmala_kernel, lambda **options: 0.234)

@@ -1,0 +1,269 @@
+r"""MALA whose drift is any estimator of the gradient: exact whatever the estimate is worth.
+
+A proposal takes the estimate :math:`g(x; u)` with a key u drawn independently of the position, and
+the Metropolis test uses the exact log density, so that the estimate changes how fast the chain
+mixes and never what it converges to.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.mcmc.mala import MALAState
+from blackjax.mcmc.metrics import default_metric
+from blackjax.mcmc.proposal import static_binomial_sampling
+from blackjax.util import generate_gaussian_noise
+
+from probbp.samplers import checks
+from probbp.samplers.algorithm import Algorithm
+from probbp.samplers.whitening import Whitening, whitening
+from probbp.types import Estimator, LogDensity, Tree
+
+KeyPolicy = Literal["carried", "refreshed", "shared"]
+
+
+class MALAInfo(NamedTuple):
+    """What happened in a step.
+
+    Attributes:
+        acceptance_rate: probability with which the proposal was accepted.
+        is_accepted: whether it was.
+        is_divergent: whether the log density or an estimate at the proposal was NaN or infinite;
+            such a proposal is rejected.
+    """
+
+    acceptance_rate: jax.Array
+    is_accepted: jax.Array
+    is_divergent: jax.Array
+
+
+def init(
+    position: Tree,
+    logdensity_fn: LogDensity,
+    rng_key: jax.Array | None = None,
+    *,
+    inverse_mass_matrix: Any = None,
+    estimator: Estimator | None = None,
+) -> MALAState:
+    """Return the state at a position.
+
+    Args:
+        position: where the chain starts, a pytree of floating-point arrays.
+        logdensity_fn: log density up to a constant.
+        rng_key: key of the first estimate. Where a host passes none, it is hashed from the bits of
+            the position, so that chains that start apart get estimates that are apart.
+        inverse_mass_matrix: the scale in whose coordinates the estimate is taken.
+        estimator: as in the kernel.
+
+    Raises:
+        TypeError: for integer positions, and a log density that is no scalar.
+        ValueError: for a log density that is not finite at the position.
+    """
+    checks.check_position(position)
+    checks.check_logdensity(logdensity_fn, position)
+    position = jax.tree.map(jnp.asarray, position)
+    white = whitening(inverse_mass_matrix, position)
+    rng_key = key_of(position) if rng_key is None else rng_key
+    logdensity, drift = white_value_and_grad(estimator, logdensity_fn, white)(rng_key, position)
+    checks.check_start(logdensity)
+    return MALAState(position, logdensity, white.push(drift))
+
+
+def build_kernel() -> Callable:
+    r"""Build a MALA kernel with BlackJAX's signature.
+
+    In coordinates in which the inverse mass matrix is the identity, with the estimate g,
+
+    .. math::
+        y = x + h\, g(x; u) + \sqrt{2h}\, z, \qquad
+        \log r = \log\pi(y) - \log\pi(x) - \frac{|x - y - h g(y; w)|^2}{4h} + \frac{|z|^2}{2}.
+
+    `key_policy` says where the two keys come from. All three leave the density invariant:
+
+    - `"carried"`: u stays with the position, and its estimate in the state, until a proposal is
+      accepted; w is fresh. One evaluation of the estimator a step.
+    - `"refreshed"`: u and w are both fresh. Two evaluations a step.
+    - `"shared"`: w = u, fresh in each step. Two evaluations a step.
+
+    Returns:
+        `kernel(rng_key, state, logdensity_fn, step_size, inverse_mass_matrix=None, *,
+        estimator=None, key_policy="carried")`, which returns the new `MALAState` and a `MALAInfo`.
+    """
+
+    def kernel(
+        rng_key: jax.Array,
+        state: MALAState,
+        logdensity_fn: LogDensity,
+        step_size: float,
+        inverse_mass_matrix: Any = None,
+        *,
+        estimator: Estimator | None = None,
+        key_policy: KeyPolicy = "carried",
+    ) -> tuple[MALAState, MALAInfo]:
+        white = whitening(inverse_mass_matrix, state.position)
+        value_and_grad = white_value_and_grad(estimator, logdensity_fn, white)
+
+        def local_fn(key, position):
+            logdensity, grad = value_and_grad(key, position)
+            return Local(logdensity, grad, jnp.ones_like(logdensity))
+
+        return langevin_step(rng_key, state, local_fn, step_size, white, key_policy)
+
+    return kernel
+
+
+def as_top_level_api(
+    logdensity_fn: LogDensity,
+    step_size: float,
+    inverse_mass_matrix: Any = None,
+    *,
+    estimator: Estimator | None = None,
+    key_policy: KeyPolicy = "carried",
+) -> SamplingAlgorithm:
+    """MALA on any estimator of the gradient.
+
+    Exact: the distribution that the chain leaves invariant, for any estimator, biased or wrong, as
+    long as its value is exact and its key does not depend on the position. Estimated: the drift,
+    hence the speed. With the default estimator it is `blackjax.mala`, draw for draw.
+
+    Args:
+        logdensity_fn: log density up to a constant; a position to a scalar.
+        step_size: BlackJAX's h: drift h * gradient, noise sqrt(2 h) (other texts write
+            h = epsilon^2 / 2).
+        inverse_mass_matrix: `None` for the identity, or (d,), (d, d) or low rank, as in BlackJAX.
+        estimator: an `Estimator`, e.g. `probbp.estimators.forward(num_tangents=4)`; reverse mode by
+            default. It acts in the coordinates of the inverse mass matrix, so that random tangents
+            follow the learnt scale.
+        key_policy: `"carried"` (one evaluation a step), `"refreshed"` or `"shared"` (two).
+
+    Returns:
+        A `blackjax.SamplingAlgorithm`.
+
+    Raises:
+        ValueError: for a step size that is not positive and finite, or an unknown policy.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probbp
+        >>> mala = probbp.mala(lambda x: -0.5 * jnp.sum(x**2), step_size=0.5)
+        >>> state = mala.init(jnp.zeros(2))
+        >>> state, info = jax.jit(mala.step)(jax.random.key(0), state)
+
+    Reference:
+        Roberts & Tweedie, 1996 (MALA). That a keyed estimate keeps it exact: draw the new key with
+        the proposal; the densities of the keys cancel in the ratio (cf. Storvik, 2011;
+        Neklyudov et al., 2020, arXiv:2006.16653).
+    """
+    checks.check_step_size(step_size)
+    checks.check_choice("key_policy", key_policy, ("carried", "refreshed", "shared"))
+    metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
+    return build_sampling_algorithm(
+        partial(build_kernel(), estimator=estimator, key_policy=key_policy),
+        lambda position, logdensity_fn, rng_key: init(
+            position,
+            logdensity_fn,
+            rng_key,
+            inverse_mass_matrix=metric,
+            estimator=estimator,
+        ),
+        logdensity_fn,
+        kernel_args=(step_size, metric),
+        pass_rng_key_to_init=True,
+    )
+
+
+mala = Algorithm(as_top_level_api, init, build_kernel, lambda **options: 0.574)
+
+
+class Local(NamedTuple):
+    """What a Langevin proposal knows of a point, in white coordinates.
+
+    Attributes:
+        logdensity: the exact log density.
+        grad: the estimate of its gradient, a pytree.
+        precision: the scalar that divides the drift and the variance of the noise.
+    """
+
+    logdensity: jax.Array
+    grad: Tree
+    precision: jax.Array
+
+
+def langevin_step(
+    rng_key: jax.Array,
+    state: MALAState,
+    local_fn: Callable[[jax.Array, Tree], Local],
+    step_size: float,
+    white: Whitening,
+    key_policy: KeyPolicy,
+    drift_scale: float = 1.0,
+) -> tuple[MALAState, MALAInfo]:
+    """Move all coordinates by a keyed drift and Gaussian noise, and accept or reject."""
+    # The first two are blackjax.mala's, so that the draws are the same.
+    key_noise, key_accept, key_here, key_there = jax.random.split(rng_key, 4)
+    if key_policy == "carried":
+        logdensity, grad = state.logdensity, white.pull(state.logdensity_grad)
+        here = Local(logdensity, grad, jnp.ones_like(logdensity))
+    else:
+        here = local_fn(key_there if key_policy == "shared" else key_here, state.position)
+
+    noise = generate_gaussian_noise(key_noise, state.position)
+    h = step_size / here.precision
+    move = jax.tree.map(
+        lambda g, z: (h * drift_scale * g + jnp.sqrt(2 * h) * z).astype(z.dtype), here.grad, noise
+    )
+    position = optax.tree.add(state.position, white.unwhiten(move))
+    there = local_fn(key_there, position)
+
+    h_back = step_size / there.precision
+    residual = jax.tree.map(lambda m, g: m + h_back * drift_scale * g, move, there.grad)
+    num_params = optax.tree.size(move)
+    log_ratio = (
+        there.logdensity
+        - here.logdensity
+        - optax.tree.norm(residual, squared=True) / (4 * h_back)
+        + optax.tree.norm(noise, squared=True) / 2
+        + num_params / 2 * (jnp.log(there.precision) - jnp.log(here.precision))
+    )
+    proposal = MALAState(position, there.logdensity, white.push(there.grad))
+    return accept_or_reject(key_accept, log_ratio, state, proposal)
+
+
+def accept_or_reject(
+    rng_key: jax.Array, log_ratio: jax.Array, state: NamedTuple, proposal: NamedTuple
+) -> tuple[Any, MALAInfo]:
+    """Take the proposal with probability min(1, exp(log_ratio)); never where that is no number."""
+    is_divergent = ~jnp.isfinite(log_ratio)
+    log_ratio = jnp.where(is_divergent, -jnp.inf, log_ratio)
+    state, (is_accepted, acceptance_rate, _) = static_binomial_sampling(
+        rng_key, log_ratio, state, proposal
+    )
+    return state, MALAInfo(acceptance_rate, is_accepted, is_divergent)
+
+
+def white_value_and_grad(
+    estimator: Estimator | None, logdensity_fn: LogDensity, white: Whitening
+) -> Callable:
+    """Return the keyed value and gradient of the log density with respect to white coordinates."""
+
+    def value_and_grad(rng_key, position):
+        def fun(displacement):
+            return logdensity_fn(optax.tree.add(position, white.unwhiten(displacement)))
+
+        origin = optax.tree.zeros_like(position)
+        if estimator is None:
+            return jax.value_and_grad(fun)(origin)
+        return estimator(fun)(rng_key, origin)
+
+    return value_and_grad
+
+
+def key_of(position: Tree) -> jax.Array:
+    """Hash the bits of a position to a key."""
+    leaves = [jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(position)]
+    bits = jax.lax.bitcast_convert_type(jnp.concatenate(leaves), jnp.uint32)
+    odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+    return jax.random.key(jnp.sum(bits * odd * jnp.uint32(2654435761), dtype=jnp.uint32))
