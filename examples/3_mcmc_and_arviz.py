@@ -51,5 +51,6 @@ posterior = az.from_numpyro(
 print(az.summary(posterior, round_to=3).to_string())
 print("mean acceptance rate:", round(float(posterior.sample_stats["acceptance_rate"].mean()), 3))
 
+plt.rcParams["figure.constrained_layout.use"] = True
 az.plot_trace(posterior, var_names=["mu", "tau", "beta", "sigma"])
 plt.gcf().savefig(sys.argv[1] if len(sys.argv) > 1 else "grunfeld.png", bbox_inches="tight")

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro.infer
 from numpyro.handlers import seed, trace
-from numpyro.infer import init_to_uniform
+from numpyro.infer import init_to_uniform, initialization
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 from numpyro.util import identity, is_prng_key
@@ -15,6 +16,12 @@ from numpyro.util import identity, is_prng_key
 from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
 from probbp.samplers.algorithm import target_acceptance_rate
 from probbp.types import LogDensity, Tree
+
+__all__ = ["Kernel", "KernelState"]
+
+# ArviZ 1 loads NumPyro lazily. If it is imported before NumPyro, `numpyro.infer` is executed twice
+# and loses its submodules, among them the one that `arviz.from_numpyro` looks up.
+numpyro.infer.initialization = initialization
 
 
 class KernelState(NamedTuple):
@@ -82,7 +89,7 @@ class Kernel(MCMCKernel):
     sample_field = "z"
     default_fields = ("z", "diverging")
 
-    def __init__(
+    def __init__(  # noqa: D107 (the class has the docstring)
         self,
         model: Callable | None = None,
         algorithm: Callable | None = None,
@@ -290,6 +297,3 @@ def _check_sites(model, rng_key, model_args, model_kwargs) -> None:
             "The model has no latent site to sample: every sample site is observed. Check the "
             "arguments of MCMC.run, and numpyro.handlers.condition."
         )
-
-
-__all__ = ["Kernel", "KernelState"]

@@ -1,8 +1,9 @@
 """Warm-up: the step size by BlackJAX's dual averaging, the scale from the chain's own draws.
 
-Nothing adapts afterwards. The schedule is Stan's (an interval for the step size, windows of doubling
-length for the scale, an interval for the step size), but all of it grows with the length of the
-warm-up: a chain that moves along one direction at a time says nothing of its scale in 25 steps.
+Nothing adapts afterwards. The schedule is Stan's (an interval for the step size, windows of
+doubling length for the scale, an interval for the step size), but all of it grows with the length
+of the warm-up: a chain that moves along one direction at a time says nothing of its scale in 25
+steps.
 """
 
 from collections.abc import Callable

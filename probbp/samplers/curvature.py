@@ -25,7 +25,7 @@ def magnitude(curvature: jax.Array, floor: float) -> jax.Array:
 
 
 def no_curvature(logdensity_fn: LogDensity) -> Callable:
-    """Return value and slopes, and `None` for the curvature; k Jacobian-vector products that share the value's work."""
+    """Return value and slopes, and `None` for the curvature: k Jacobian-vector products."""
 
     def derivatives(position, tangents):
         def pushforward(tangent):
@@ -48,7 +48,8 @@ def hessian(logdensity_fn: LogDensity) -> Callable:
         rows, columns = np.triu_indices(num)
 
         def second(row, column):
-            v, w = (jax.tree.map(lambda leaf: leaf[i], tangents) for i in (row, column))
+            v = jax.tree.map(lambda leaf: leaf[row], tangents)
+            w = jax.tree.map(lambda leaf: leaf[column], tangents)
             (logdensity, _), (slope, curvature) = jax.jvp(
                 lambda x: jax.jvp(logdensity_fn, (x,), (w,)), (position,), (v,)
             )
