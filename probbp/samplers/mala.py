@@ -210,7 +210,9 @@ def langevin_step(
     else:
         here = local_fn(key_there if key_policy == "shared" else key_here, state.position)
 
-    noise = generate_gaussian_noise(key_noise, state.position)
+    # BlackJAX's default sigma, a Python float, would promote single precision where x64 is on.
+    dtype = jnp.result_type(*jax.tree.leaves(state.position))
+    noise = generate_gaussian_noise(key_noise, state.position, sigma=jnp.ones((), dtype))
     h = step_size / here.precision
     move = jax.tree.map(
         lambda g, z: (h * drift_scale * g + jnp.sqrt(2 * h) * z).astype(z.dtype), here.grad, noise

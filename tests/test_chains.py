@@ -1,0 +1,237 @@
+"""`probbp.sample` and `probbp.warmup`: from a log density to moments that are right."""
+
+from functools import partial
+
+import arviz as az
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from targets import anisotropic
+
+import probbp
+
+quiet = partial(probbp.sample, progress_bar=False)
+
+# A posterior with three scales, a correlation, and a shape that is not Gaussian.
+TARGET = anisotropic(3, condition=25.0)
+
+
+def logdensity_fn(position):
+    x = jnp.append(position["x"], position["y"])
+    return TARGET.logdensity_fn(x)
+
+
+START = {"x": jnp.zeros(2), "y": jnp.zeros(())}
+
+ALGORITHMS = {
+    "mala": (probbp.mala, 4_000),
+    "fmala": (probbp.fmala, 20_000),
+    "line_fmala": (probbp.line_fmala, 10_000),
+    "plane": (partial(probbp.line_fmala, num_tangents=2), 10_000),
+    "pc_fmala": (probbp.pc_fmala, 20_000),
+    "pc_line_fmala": (probbp.pc_line_fmala, 10_000),
+}
+
+
+@pytest.mark.parametrize("metric", ["diag", "dense", "low_rank", None])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_moments_from_dispersed_starts(name, metric):
+    algorithm, num_samples = ALGORITHMS[name]
+    if metric is None:
+        num_samples *= 2
+    data = quiet(
+        jax.random.key(0),
+        partial(algorithm, logdensity_fn),
+        START,
+        num_samples=num_samples,
+        metric=metric,
+        dispersion=5.0,
+    )
+    # One dataset of x[0], x[1], y.
+    draws = np.concatenate([data.posterior["x"].values, data.posterior["y"].values[..., None]], -1)
+    for i in range(3):
+        for power, truth in ((1, 0.0), (2, TARGET.covariance[i, i])):
+            values = draws[..., i] ** power
+            error = az.mcse(values) if callable(getattr(az, "mcse", None)) else None
+            assert abs(values.mean() - truth) < 4.5 * float(error), (i, power)
+    rate = float(data.sample_stats["acceptance_rate"].mean())
+    target = probbp.samplers.algorithm.target_acceptance_rate(algorithm)
+    assert abs(rate - target) < 0.1
+    assert not data.sample_stats["diverging"].any()
+
+
+def test_the_result_is_arviz_s():
+    data = quiet(
+        jax.random.key(0),
+        partial(probbp.line_fmala, logdensity_fn),
+        START,
+        num_warmup=100,
+        num_samples=37,
+        num_chains=3,
+        thinning=2,
+        postprocess_fn=lambda p: {"exp": jnp.exp(p["x"])},
+        coords={"which": ["first", "second"]},
+        dims={"exp": ["which"]},
+    )
+    assert data.posterior["exp"].dims == ("chain", "draw", "which")
+    assert data.posterior["exp"].shape == (3, 37, 2)
+    assert (data.posterior["exp"] > 0).all()
+    for name in ("acceptance_rate", "step_size", "lp", "diverging", "accepted"):
+        assert data.sample_stats[name].shape == (3, 37)
+    # The step size is frozen, and each chain has its own.
+    assert len(np.unique(data.sample_stats["step_size"])) == 3
+    assert set(az.summary(data).index) == {"exp[first]", "exp[second]"}
+
+
+def test_the_key_decides_the_draws():
+    draws = [
+        quiet(
+            jax.random.key(seed),
+            partial(probbp.fmala, logdensity_fn),
+            START,
+            num_warmup=50,
+            num_samples=20,
+        ).posterior["x"]
+        for seed in (0, 0, 1)
+    ]
+    assert (draws[0] == draws[1]).all()
+    assert (draws[0] != draws[2]).any()
+
+
+def test_the_bar_changes_no_draw_and_shows_the_run(capsys):
+    draws = [
+        probbp.sample(
+            jax.random.key(0),
+            partial(probbp.mala, logdensity_fn),
+            START,
+            num_warmup=80,
+            num_samples=40,
+            progress_bar=bar,
+        ).posterior["x"]
+        for bar in (True, False)
+    ]
+    assert (draws[0] == draws[1]).all()
+    shown = capsys.readouterr().err
+    assert "sampling: 100%" in shown
+    assert "acceptance 0." in shown
+    assert "step size" in shown
+
+
+def test_the_log_density_is_compiled_once_a_phase():
+    traces = []
+
+    def counted(position):
+        traces.append(1)
+        return logdensity_fn(position)
+
+    counts = []
+    for num in (40, 400):
+        traces.clear()
+        quiet(
+            jax.random.key(0),
+            partial(probbp.mala, counted),
+            START,
+            num_warmup=num,
+            num_samples=num,
+        )
+        counts.append(len(traces))
+    assert counts[0] == counts[1]
+
+
+def test_starts_are_dispersed_and_finite():
+    """The support is a disk: starts outside are drawn in until they lie within."""
+
+    def disk(x):
+        return jnp.where(jnp.sum(x**2) < 1, 0.0, -jnp.inf)
+
+    data = quiet(
+        jax.random.key(0),
+        partial(probbp.line_fmala, disk),
+        jnp.zeros(2),
+        num_warmup=0,
+        num_samples=1,
+        num_chains=50,
+        dispersion=10.0,
+        initial_step_size=1e-12,
+    )
+    starts = data.posterior["x"].values[:, 0]
+    assert (np.sum(starts**2, axis=1) < 1).all()
+    assert len(np.unique(starts[:, 0])) == 50
+
+
+def test_a_callable_position_gives_the_starts():
+    data = quiet(
+        jax.random.key(0),
+        partial(probbp.line_fmala, lambda x: -0.5 * jnp.sum(x**2)),
+        lambda key: jax.random.uniform(key, (2,), minval=5.0, maxval=6.0),
+        num_warmup=0,
+        num_samples=1,
+        initial_step_size=1e-12,
+    )
+    assert ((data.posterior["x"] > 4.99) & (data.posterior["x"] < 6.01)).all()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (lambda step_size: blackjax.mala(logdensity_fn, step_size), {"metric": None}),
+        (partial(blackjax.nuts, logdensity_fn), {"metric": "dense"}),
+    ],
+)
+def test_blackjax_s_own_algorithms(algorithm, options):
+    with pytest.raises(ValueError, match="pass target_acceptance_rate"):
+        quiet(jax.random.key(0), algorithm, START, **options)
+    data = quiet(
+        jax.random.key(0),
+        algorithm,
+        START,
+        num_warmup=300,
+        num_samples=200,
+        target_acceptance_rate=0.7,
+        **options,
+    )
+    assert abs(float(data.sample_stats["acceptance_rate"].mean()) - 0.7) < 0.15
+
+
+def test_warmup_returns_what_the_algorithm_takes():
+    algorithm = partial(probbp.pc_line_fmala, TARGET.logdensity_fn)
+    state, parameters = jax.jit(partial(probbp.warmup, algorithm=algorithm, num_steps=2_000))(
+        jax.random.key(0), position=jnp.ones(3)
+    )
+    variances = np.diag(TARGET.covariance)
+    np.testing.assert_allclose(parameters["inverse_mass_matrix"], variances, rtol=1.0)
+    sampler = algorithm(**parameters)
+    sampler.step(jax.random.key(1), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"metric": "fisher"}, ValueError, "diag, dense, low_rank"),
+        ({"target_acceptance_rate": 1.5}, ValueError, "between 0 and 1"),
+        ({"initial_step_size": 0.0}, ValueError, "step_size must be positive"),
+        ({"num_chains": 0}, ValueError, "num_chains must be a positive integer"),
+        ({"num_samples": 0}, ValueError, "num_samples must be a positive integer"),
+        ({"position": jnp.full(3, jnp.nan)}, ValueError, "log density at the start"),
+        ({"position": jnp.arange(3)}, TypeError, "floating-point positions"),
+        ({"position": lambda key: jnp.full(3, jnp.inf)}, ValueError, "log density at the start"),
+    ],
+)
+def test_bad_input(options, error, words):
+    arguments = {"position": jnp.zeros(3)} | options
+    with pytest.raises(error, match=words):
+        quiet(jax.random.key(0), partial(probbp.mala, TARGET.logdensity_fn), **arguments)
+
+
+def test_metrics_that_need_gradients_are_refused():
+    from blackjax.adaptation.metric_recipes import lookup_recipe
+
+    with pytest.raises(ValueError, match="takes gradients at their word"):
+        quiet(
+            jax.random.key(0),
+            partial(probbp.mala, TARGET.logdensity_fn),
+            jnp.zeros(3),
+            metric=lookup_recipe("fisher_diag"),
+        )

@@ -1,0 +1,152 @@
+"""One table of estimators, and the laws that all of them keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from probbp.estimators import averaged, forward, reverse, through
+
+D = 12  # parameters of `fun`, in two leaves of different shape
+
+ESTIMATORS = {
+    "reverse": reverse(),
+    "gaussian": forward(num_tangents=4),
+    "unit": forward(num_tangents=4, tangents="unit"),
+    "orthogonal": forward(num_tangents=4, tangents="orthogonal"),
+    "in batches": forward(num_tangents=5, batch_size=2),
+    "averaged": averaged(forward(num_tangents=2), 3),
+    "averaged in batches": averaged(forward(tangents="unit"), 4, batch_size=2),
+    "scaled": through(optax.scale(1.0), forward(num_tangents=4)),
+}
+UNBIASED = list(ESTIMATORS)
+
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+
+
+def params(dtype=None):
+    a = jnp.linspace(-1, 1, 6, dtype=dtype)
+    return {"a": a, "b": (2 * a.reshape(2, 3), jnp.asarray([], dtype=dtype))}
+
+
+def fun(params):
+    return jnp.sum(jnp.sin(params["a"])) * jnp.sum(params["b"][0] ** 2) + jnp.sum(params["b"][1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_estimator
+def test_the_value_is_exact_and_the_gradient_has_the_shape_of_the_parameters(name, dtype):
+    p = params(dtype)
+    value, grad = jax.jit(ESTIMATORS[name](fun))(jax.random.key(0), p)
+    np.testing.assert_allclose(value, fun(p), rtol=1e-6)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), grad) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), p
+    )
+
+
+@every_estimator
+def test_the_key_decides_the_gradient(name):
+    value_and_grad = ESTIMATORS[name](fun)
+    grads = [value_and_grad(jax.random.key(seed), params())[1]["a"] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(grads[0], grads[1])
+    assert (name == "reverse") == bool(jnp.all(grads[0] == grads[2]))
+
+
+@every_estimator
+def test_the_mean_over_keys_is_the_gradient(name):
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    _, grads = jax.jit(jax.vmap(ESTIMATORS[name](fun), in_axes=(0, None)))(keys, params())
+    exact = jax.grad(fun)(params())
+    for estimate, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        error = estimate.std(axis=0) / np.sqrt(len(keys))
+        z = (estimate.mean(axis=0) - truth) / jnp.maximum(error, 1e-12)
+        assert jnp.all(jnp.abs(z) < 4.5)
+
+
+@pytest.mark.parametrize(
+    ("tangents", "relative_variance"),
+    [
+        ("gaussian", lambda k: (D + 1) / k),
+        ("unit", lambda k: (D - 1) / k),
+        ("orthogonal", lambda k: D / k - 1),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_the_variance_is_as_documented(tangents, relative_variance, k):
+    keys = jax.random.split(jax.random.key(2), 20_000)
+    estimator = forward(num_tangents=k, tangents=tangents)(fun)
+    _, grads = jax.jit(jax.vmap(estimator, in_axes=(0, None)))(keys, params())
+    exact = jax.grad(fun)(params())
+    deviation = jax.vmap(lambda g: optax.tree.norm(optax.tree.sub(g, exact), squared=True))(grads)
+    deviation = deviation / optax.tree.norm(exact, squared=True)
+    error = deviation.std() / np.sqrt(len(keys)) + 1e-12
+    assert abs(deviation.mean() - relative_variance(k)) < 4.5 * error
+
+
+def test_all_orthogonal_tangents_are_the_exact_gradient():
+    _, grad = forward(num_tangents=D, tangents="orthogonal")(fun)(jax.random.key(0), params())
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-10), grad, jax.grad(fun)(params())
+    )
+
+
+def test_batches_change_nothing():
+    grads = [
+        forward(num_tangents=5, batch_size=size)(fun)(jax.random.key(3), params())[1]
+        for size in (None, 1, 2, 5)
+    ]
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), grads[0], other)
+
+
+@every_estimator
+def test_auxiliary_output(name):
+    value_and_grad = ESTIMATORS[name](lambda p: (fun(p), {"count": jnp.array(3)}), has_aux=True)
+    (value, aux), _ = value_and_grad(jax.random.key(0), params())
+    np.testing.assert_allclose(value, fun(params()))
+    assert aux["count"] == 3
+
+
+def test_forward_accepts_loops_of_dynamic_length():
+    def loop(p):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: 2 * x, p).sum()
+
+    with pytest.raises(ValueError, match="[Rr]everse-mode"):
+        reverse()(loop)(jax.random.key(0), jnp.ones(3))
+    exact = forward(num_tangents=3, tangents="orthogonal")
+    _, grad = exact(loop)(jax.random.key(0), jnp.ones(3))
+    np.testing.assert_allclose(grad, 64.0)
+
+
+def test_through_starts_its_state_afresh():
+    """Twice the same key, twice the same gradient, though Adam's state would have moved."""
+    value_and_grad = through(optax.adam(0.1), reverse())(fun)
+    first = value_and_grad(jax.random.key(0), params())[1]
+    again = value_and_grad(jax.random.key(0), params())[1]
+    np.testing.assert_array_equal(first["a"], again["a"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: forward(num_tangents=0), ValueError, "at least one tangent"),
+        (lambda: forward(tangents="sobol"), ValueError, "'gaussian', 'unit' or 'orthogonal'"),
+        (lambda: averaged(reverse(), 0), ValueError, "at least one key"),
+        (
+            lambda: forward(num_tangents=13, tangents="orthogonal")(fun)(
+                jax.random.key(0), params()
+            ),
+            ValueError,
+            "lower num_tangents",
+        ),
+        (
+            lambda: forward()(lambda p: p["n"] * 1.0)(jax.random.key(0), {"n": jnp.array(2)}),
+            TypeError,
+            r"params\['n'\] has dtype int64",
+        ),
+    ],
+)
+def test_bad_input(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -1,0 +1,50 @@
+"""Every example, every docstring's example, and the README's code run."""
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+MODULES = [
+    "probbp." + ".".join(path.relative_to(ROOT / "probbp").with_suffix("").parts)
+    for path in sorted((ROOT / "probbp").rglob("*.py"))
+    if path.name != "__init__.py"
+]
+
+
+def run(arguments, folder):
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs_and_leaves_a_picture(path, tmp_path):
+    output = run([str(path), "picture.png"], tmp_path)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    # Each ends in a summary, whose chains agree.
+    rhat = [float(line.split()[-1]) for line in output.splitlines() if re.search(r"\d$", line)]
+    assert rhat
+
+
+@pytest.mark.parametrize("code", README, ids=range(len(README)))
+def test_the_readme_runs(code, tmp_path):
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    run([str(script)], tmp_path)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name):
+    module = importlib.import_module(name)
+    results = doctest.testmod(module)
+    assert results.failed == 0

@@ -1,0 +1,74 @@
+"""Who may import whom, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# room -> the rooms of ours that it may import; its own files always.
+ALLOWED = {
+    "types": set(),
+    "estimators": {"types"},
+    "samplers": {"types"},
+    "diagnostics": {"types"},
+    "numpyro": {"types", "samplers"},
+    "models": {"ops"},
+}
+# What a room gets from its hosts.
+HOSTS = {
+    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm"},
+    "estimators": {"jax", "optax"},
+    "types": {"jax"},
+    "models": {"jax", "numpyro", "flax"},
+}
+# The one exception: `sample` hands its chains to ArviZ, at the end and not at import.
+EXCEPTIONS = {("samplers/chains.py", "diagnostics")}
+
+FILES = sorted((ROOT / "probbp").rglob("*.py")) + sorted((ROOT / "models").glob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path):
+    if path.parent.name == "models":
+        return "models"
+    relative = path.relative_to(ROOT / "probbp")
+    return relative.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    relative = "/".join(path.parts[-2:])
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "probbp":
+            other = rest[0]
+            allowed = other == room or other in ALLOWED[room]
+            assert allowed or (relative, other) in EXCEPTIONS, f"{relative} imports {name}"
+        elif room in HOSTS and top not in sys.stdlib_module_names:
+            assert top in HOSTS[room], f"{relative} imports {name}"
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in FILES} - {"__init__"} <= set(ALLOWED)
+
+
+def test_the_shop_window_is_light():
+    """`import probbp` imports neither NumPyro nor ArviZ."""
+    code = "import probbp, sys; print({'numpyro', 'arviz'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
