@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.infer
+import optax
 from numpyro.handlers import seed, trace
 from numpyro.infer import init_to_uniform, initialization
 from numpyro.infer.mcmc import MCMCKernel
@@ -132,7 +133,9 @@ class Kernel(MCMCKernel):
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)
+        num_chains = 1 if is_single else len(rng_key)
         adapt = adaptation(
+            optax.tree.size(start) // num_chains,
             num_warmup,
             self._target_accept_prob,
             metric=self._metric,
@@ -141,8 +144,7 @@ class Kernel(MCMCKernel):
 
         def init_chain(key, position):
             key, key_init = jax.random.split(key)
-            adapt_state = adapt.init(position)
-            bound = self._bind(adapt_state, model_args, model_kwargs)
+            bound = self._bind(adapt.initial, model_args, model_kwargs)
             state = bound.init(position, key_init)
             zero = jnp.zeros_like(state.logdensity)
             return KernelState(
@@ -152,7 +154,7 @@ class Kernel(MCMCKernel):
                 zero,
                 zero,
                 jnp.array(False),
-                adapt_state,
+                adapt.initial,
                 state,
                 key,
             )

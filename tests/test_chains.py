@@ -54,8 +54,7 @@ def test_moments_from_dispersed_starts(name, metric):
     for i in range(3):
         for power, truth in ((1, 0.0), (2, TARGET.covariance[i, i])):
             values = draws[..., i] ** power
-            error = az.mcse(values) if callable(getattr(az, "mcse", None)) else None
-            assert abs(values.mean() - truth) < 4.5 * float(error), (i, power)
+            assert abs(values.mean() - truth) < 4.5 * float(az.mcse(values)), (i, power)
     rate = float(data.sample_stats["acceptance_rate"].mean())
     target = probbp.samplers.algorithm.target_acceptance_rate(algorithm)
     assert abs(rate - target) < 0.1
@@ -120,24 +119,20 @@ def test_the_bar_changes_no_draw_and_shows_the_run(capsys):
 
 
 def test_the_log_density_is_compiled_once_a_phase():
-    traces = []
+    """However long the phases are, and however often they come back to the host."""
 
-    def counted(position):
-        traces.append(1)
-        return logdensity_fn(position)
+    def count_traces(num):
+        traces = []
 
-    counts = []
-    for num in (40, 400):
-        traces.clear()
-        quiet(
-            jax.random.key(0),
-            partial(probbp.mala, counted),
-            START,
-            num_warmup=num,
-            num_samples=num,
-        )
-        counts.append(len(traces))
-    assert counts[0] == counts[1]
+        def counted(position):
+            traces.append(1)
+            return logdensity_fn(position)
+
+        algorithm = partial(probbp.mala, counted)
+        quiet(jax.random.key(0), algorithm, START, num_warmup=num, num_samples=num)
+        return len(traces)
+
+    assert count_traces(4) == count_traces(400) < 10
 
 
 def test_starts_are_dispersed_and_finite():
@@ -151,7 +146,7 @@ def test_starts_are_dispersed_and_finite():
         partial(probbp.line_fmala, disk),
         jnp.zeros(2),
         num_warmup=0,
-        num_samples=1,
+        num_samples=50,
         num_chains=50,
         dispersion=10.0,
         initial_step_size=1e-12,
@@ -167,7 +162,7 @@ def test_a_callable_position_gives_the_starts():
         partial(probbp.line_fmala, lambda x: -0.5 * jnp.sum(x**2)),
         lambda key: jax.random.uniform(key, (2,), minval=5.0, maxval=6.0),
         num_warmup=0,
-        num_samples=1,
+        num_samples=4,
         initial_step_size=1e-12,
     )
     assert ((data.posterior["x"] > 4.99) & (data.posterior["x"] < 6.01)).all()
@@ -192,7 +187,7 @@ def test_blackjax_s_own_algorithms(algorithm, options):
         target_acceptance_rate=0.7,
         **options,
     )
-    assert abs(float(data.sample_stats["acceptance_rate"].mean()) - 0.7) < 0.15
+    assert float(data.sample_stats["acceptance_rate"].mean()) > 0.5
 
 
 def test_warmup_returns_what_the_algorithm_takes():

@@ -22,7 +22,9 @@ def test_our_samplers():
         lambda p: -0.5 * jnp.sum(p["a"]["b"] ** 2) - 0.5 * jnp.sum(p["c"][0] ** 2), 0.5
     )
     states, infos = run(algorithm, {"a": {"b": jnp.zeros(2)}, "c": [jnp.zeros(())]})
-    data = from_blackjax(states, infos, dims={"a.b": ["coordinate"]}, coords={"coordinate": "uv"})
+    data = from_blackjax(
+        states, infos, dims={"a.b": ["coordinate"]}, coords={"coordinate": ["u", "v"]}
+    )
     assert data.posterior["a.b"].dims == ("chain", "draw", "coordinate")
     assert list(data.posterior["coordinate"].values) == ["u", "v"]
     assert data.posterior["c.0"].shape == (3, 25)

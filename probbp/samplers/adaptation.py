@@ -6,6 +6,7 @@ of the warm-up: a chain that moves along one direction at a time says nothing of
 steps.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -41,23 +42,24 @@ class AdaptationState(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """Three pure functions, and the schedule that says what each step is for.
+    """A first state, two pure functions, and the schedule that says what each step is for.
 
     Attributes:
-        init: `position -> AdaptationState`.
+        initial: the `AdaptationState` of the first step.
         update: `(state, stage, position, acceptance_rate) -> AdaptationState`, with `stage` a row
             of the schedule.
         final: `AdaptationState -> AdaptationState` at the end of warm-up, with the averaged step.
         schedule: (num_steps, 2), whether a step serves the scale, and whether it ends a window.
     """
 
-    init: Callable
+    initial: AdaptationState
     update: Callable
     final: Callable
     schedule: jax.Array
 
 
 def adaptation(
+    num_params: int,
     num_steps: int,
     target_acceptance_rate: float,
     *,
@@ -67,6 +69,7 @@ def adaptation(
     """Build the warm-up of one chain.
 
     Args:
+        num_params: size of the position.
         num_steps: length of the warm-up.
         target_acceptance_rate: what dual averaging steers to.
         metric: the scale to learn: `"diag"`, `"dense"`, `"low_rank"` (a diagonal and the ten
@@ -92,13 +95,12 @@ def adaptation(
         )
     ).reshape(num_steps, 2)
     step_init, step_update, step_final = dual_averaging_adaptation(target_acceptance_rate)
-    learn = None if metric is None else _recipe(metric).build_core(buffer_size=max(num_steps, 1))
-
-    def init(position: Tree) -> AdaptationState:
-        step_size = jnp.asarray(initial_step_size, dtype=float)
-        state = None if learn is None else learn.init(optax.tree.size(position))
-        scale = None if state is None else state.inverse_mass_matrix
-        return AdaptationState(step_size, scale, step_init(step_size), state)
+    step_size = jnp.asarray(initial_step_size, dtype=float)
+    initial = AdaptationState(step_size, None, step_init(step_size), None)
+    if metric is not None:
+        learn = _recipe(metric, num_params).build_core(buffer_size=max(num_steps, 1))
+        state = learn.init(num_params)
+        initial = initial._replace(inverse_mass_matrix=state.inverse_mass_matrix, metric=state)
 
     def end_window(state: AdaptationState) -> AdaptationState:
         metric_state = learn.final(state.metric)
@@ -118,7 +120,7 @@ def adaptation(
         state = state._replace(
             step_size=jnp.exp(dual_averaging.log_step_size), dual_averaging=dual_averaging
         )
-        if learn is None:
+        if metric is None:
             return state
         metric_state = jax.lax.cond(
             serves_scale, lambda s: learn.update(s, position, None), lambda s: s, state.metric
@@ -130,7 +132,7 @@ def adaptation(
     def final(state: AdaptationState) -> AdaptationState:
         return state._replace(step_size=step_final(state.dual_averaging))
 
-    return Adaptation(init, update, final, schedule)
+    return Adaptation(initial, update, final, schedule)
 
 
 def warmup(
@@ -169,17 +171,18 @@ def warmup(
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     adapt = adaptation(
+        optax.tree.size(position),
         num_steps,
         target_acceptance_rate,
         metric=metric,
         initial_step_size=initial_step_size,
     )
     key_init, key_steps = jax.random.split(rng_key)
-    state = adapt.init(position)
-    kernel_state = algorithm(**parameters(state)).init(position, key_init)
-    keys = jax.random.split(key_steps, num_steps)
+    kernel_state = algorithm(**parameters(adapt.initial)).init(position, key_init)
     (kernel_state, state), _ = jax.lax.scan(
-        partial(warmup_step, algorithm, adapt), (kernel_state, state), (keys, adapt.schedule)
+        partial(warmup_step, algorithm, adapt),
+        (kernel_state, adapt.initial),
+        (jax.random.split(key_steps, num_steps), adapt.schedule),
     )
     return kernel_state, parameters(adapt.final(state))
 
@@ -203,7 +206,7 @@ def parameters(state: AdaptationState) -> dict[str, Any]:
     return learnt
 
 
-def _recipe(metric: Metric) -> MetricRecipe:
+def _recipe(metric: Metric, num_params: int) -> MetricRecipe:
     names = {"diag": "welford_diag", "dense": "welford_dense", "low_rank": "sample_cov_low_rank"}
     if isinstance(metric, str):
         checks.check_choice("metric", metric, tuple(names))
@@ -213,4 +216,6 @@ def _recipe(metric: Metric) -> MetricRecipe:
             "This metric recipe takes gradients at their word, and ours are estimates: choose one "
             "that needs positions only ('diag', 'dense' or 'low_rank')."
         )
+    if metric.max_rank is not None and metric.max_rank > num_params:
+        metric = dataclasses.replace(metric, max_rank=num_params)
     return metric

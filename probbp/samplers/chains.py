@@ -94,16 +94,27 @@ def sample(
         target_acceptance_rate = best_acceptance_rate(algorithm)
     warmup_chunk = -(-num_warmup // NUM_UPDATES)
     num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
+    if not callable(position):
+        position = jax.tree.map(jnp.asarray, position)
+        checks.check_position(position)
+    one = position(rng_key) if callable(position) else position
     adapt = adaptation(
-        num_warmup, target_acceptance_rate, metric=metric, initial_step_size=initial_step_size
+        optax.tree.size(one),
+        num_warmup,
+        target_acceptance_rate,
+        metric=metric,
+        initial_step_size=initial_step_size,
     )
+    key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
 
-    key_start, key_init, key_warmup, key_sample = jax.random.split(rng_key, 4)
-    starts = _starts(key_start, algorithm, adapt, position, num_chains, dispersion)
-
-    def init(start, key):
-        state = adapt.init(start)
-        return algorithm(**parameters(state)).init(start, key), state
+    def init(key):
+        key_start, key_state = jax.random.split(key)
+        init_state = algorithm(**parameters(adapt.initial)).init
+        if callable(position):
+            start = position(key_start)
+        else:
+            start = _disperse(key_start, lambda p: init_state(p, key_state), position, dispersion)
+        return init_state(start, key_state), adapt.initial
 
     @partial(jax.jit, donate_argnums=0)
     def run_warmup(carry, keys, schedule):
@@ -128,7 +139,8 @@ def sample(
 
         return jax.vmap(chain)(states, learnt, keys)
 
-    carry = jax.jit(jax.vmap(init))(starts, jax.random.split(key_init, num_chains))
+    carry = jax.jit(jax.vmap(init))(jax.random.split(key_init, num_chains))
+    checks.check_start(carry[0].logdensity)
     total = num_warmup + num_samples
     with tqdm(total=total, disable=not progress_bar, desc="warm-up") as bar:
         keys = _keys(key_warmup, num_chains, num_warmup)
@@ -163,40 +175,20 @@ def sample(
     )
 
 
-def _starts(rng_key, algorithm, adapt, position, num_chains, dispersion):
-    """Draw a start per chain, closer to `position` where the log density is not finite."""
-    if callable(position):
-        starts = jax.vmap(position)(jax.random.split(rng_key, num_chains))
-        logdensity = jax.jit(jax.vmap(partial(_logdensity, algorithm, adapt)))(starts)
-        checks.check_start(logdensity)
-        return starts
-    position = jax.tree.map(jnp.asarray, position)
-    checks.check_position(position)
-    logdensity = _logdensity(algorithm, adapt, position)
-    checks.check_start(logdensity)
+def _disperse(rng_key, init_fn, position, dispersion):
+    """Draw a start around `position`, closer to it until its log density is finite."""
+    noise = optax.tree.random_like(rng_key, position)
 
-    def start(key):
-        noise = optax.tree.random_like(key, position)
+    def at(spread):
+        return jax.tree.map(lambda x, z: (x + spread * z).astype(x.dtype), position, noise)
 
-        def at(spread):
-            return jax.tree.map(lambda x, z: (x + spread * z).astype(x.dtype), position, noise)
+    def is_lost(spread):
+        return ~jnp.isfinite(init_fn(at(spread)).logdensity) & (spread > 0)
 
-        def is_lost(spread):
-            logdensity = _logdensity(algorithm, adapt, at(spread))
-            return ~jnp.isfinite(logdensity) & (spread > 0)
+    def closer(spread):
+        return jnp.where(spread > dispersion / 2**20, spread / 2, 0.0)
 
-        def closer(spread):
-            return jnp.where(spread > dispersion / 2**20, spread / 2, 0.0)
-
-        spread = jax.lax.while_loop(is_lost, closer, jnp.asarray(dispersion, dtype=float))
-        return at(spread)
-
-    return jax.jit(jax.vmap(start))(jax.random.split(rng_key, num_chains))
-
-
-def _logdensity(algorithm, adapt, position):
-    state = algorithm(**parameters(adapt.init(position))).init(position, jax.random.key(0))
-    return state.logdensity
+    return at(jax.lax.while_loop(is_lost, closer, jnp.asarray(dispersion, dtype=float)))
 
 
 def _thinned(infos):

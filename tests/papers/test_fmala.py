@@ -110,9 +110,7 @@ def test_an_unbiased_drift_hurts():
     rates = [
         jnp.mean(
             one_step(
-                probbp.fmala(
-                    target.logdensity_fn, 0.04, drift_scale=scale, key_policy="refreshed"
-                ),
+                probbp.fmala(target.logdensity_fn, 0.04, drift_scale=scale, key_policy="refreshed"),
                 target,
                 20_000,
             )[0]
