@@ -165,7 +165,10 @@ def test_a_potential_instead_of_a_model():
     with pytest.raises(ValueError, match="init_params"):
         mcmc.run(jax.random.key(0))
     mcmc.run(jax.random.key(0), init_params=jnp.zeros((2, 2)))
-    assert_moments(az.from_numpyro(mcmc), {"Param:0": (3.0, 1.0)})
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True))
+    assert draws.shape == (2, 3_000, 2)
+    for values in (draws[..., 0], draws[..., 1]):
+        assert abs(values.mean() - 3) < 4.5 * float(az.mcse(values))
 
 
 def test_blackjax_s_nuts_is_an_algorithm_too():
@@ -180,7 +183,7 @@ def test_a_model_that_reverse_mode_refuses():
         # The identity, by a loop whose length depends on the value.
         _, mean = jax.lax.while_loop(
             lambda c: c[0] < jnp.abs(jax.lax.stop_gradient(mean)) * 10,
-            lambda c: (c[0] + 1, c[1]),
+            lambda c: (c[0] + 1, 0.5 * (c[1] + mean)),
             (0.0, mean),
         )
         numpyro.sample("y", dist.Normal(mean, 1), obs=y)
@@ -211,7 +214,7 @@ def test_a_block_of_gibbs_beside_discrete_sites():
     y = jnp.array([0.1, 2.8, 3.3, -0.5, 3.1, 2.9])
     draws = []
     for kernel in (
-        Gibbs([Kernel(mixture, probbp.mala), DiscreteGibbs(mixture)]),
+        Gibbs([(Kernel(mixture, probbp.mala), ["weight"]), (DiscreteGibbs(mixture), ["z"])]),
         Kernel(marginal, probbp.mala),
     ):
         mcmc = mcmc_of(kernel, num_samples=6_000, chain_method="sequential")

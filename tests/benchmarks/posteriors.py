@@ -34,8 +34,8 @@ class Posterior(NamedTuple):
         name: the name in posteriordb.
         model: the NumPyro model.
         model_kwargs: its data.
-        unrolled: more keyword arguments with which the model has no loop that XLA must run. XLA counts
-            the operations of a loop's body once, so a cost is to be counted without loops.
+        counted: keyword arguments that leave the model no loop, to count its operations by: XLA
+            counts a loop's body once, however often it runs.
         reference: parameter -> moments of the reference draws.
         names: parameter -> (NumPyro site, index in it); the index of a scalar site is `()`.
     """
@@ -43,7 +43,7 @@ class Posterior(NamedTuple):
     name: str
     model: Callable
     model_kwargs: dict
-    unrolled: dict
+    counted: dict
     reference: dict[str, dict[str, float]]
     names: dict[str, tuple[str, tuple]]
 
@@ -193,41 +193,46 @@ def gp_poisson_regression(x, k):
     numpyro.sample("k", dist.Poisson(jnp.exp(f)), obs=k)
 
 
-# name in posteriordb -> (model, its keyword arguments from the data, those that leave no loop)
+class _Entry(NamedTuple):
+    model: Callable
+    arguments: Callable
+    counted: Callable = lambda data: {}
+
+
+def _pick(*keys):
+    return lambda data: {key: data[key] for key in keys}
+
+
 MODELS = {
-    "eight_schools-eight_schools_noncentered": (
-        eight_schools,
-        lambda d: {"y": d["y"], "sigma": d["sigma"]},
-        {},
+    "eight_schools-eight_schools_noncentered": _Entry(eight_schools, _pick("y", "sigma")),
+    "kidiq-kidscore_interaction": _Entry(
+        kidscore_interaction, _pick("kid_score", "mom_hs", "mom_iq")
     ),
-    "kidiq-kidscore_interaction": (
-        kidscore_interaction,
-        lambda d: {k: d[k] for k in ("kid_score", "mom_hs", "mom_iq")},
-        {},
+    "arK-arK": _Entry(autoregression, lambda data: {"y": data["y"], "order": data["K"]}),
+    "garch-garch11": _Entry(
+        garch, _pick("y", "sigma1"), lambda data: {"y": data["y"][:50], "unroll": True}
     ),
-    "arK-arK": (autoregression, lambda d: {"y": d["y"], "order": d["K"]}, {}),
-    "garch-garch11": (garch, lambda d: {"y": d["y"], "sigma1": d["sigma1"]}, {"unroll": True}),
-    "sblri-blr": (linear_regression, lambda d: {"y": d["y"], "X": d["X"]}, {}),
-    "low_dim_gauss_mix-low_dim_gauss_mix": (gaussian_mixture, lambda d: {"y": d["y"]}, {}),
-    "hudson_lynx_hare-lotka_volterra": (
+    "sblri-blr": _Entry(linear_regression, _pick("y", "X")),
+    "low_dim_gauss_mix-low_dim_gauss_mix": _Entry(gaussian_mixture, _pick("y")),
+    "hudson_lynx_hare-lotka_volterra": _Entry(
         lotka_volterra,
-        lambda d: {k: d[k] for k in ("y_init", "y", "ts")},
-        {"unroll": True, "substeps": 2},
+        _pick("y_init", "y", "ts"),
+        lambda data: {"substeps": 2, "unroll": True},
     ),
-    "gp_pois_regr-gp_pois_regr": (gp_poisson_regression, lambda d: {"x": d["x"], "k": d["k"]}, {}),
+    "gp_pois_regr-gp_pois_regr": _Entry(gp_poisson_regression, _pick("x", "k")),
 }
+"""Name in posteriordb -> the model, its keyword arguments out of the data, and `Posterior.counted`."""
 
 
 def _read(name, path):
-    model, arguments, unrolled = MODELS[name]
+    model, arguments, counted = MODELS[name]
     content = json.loads(path.read_text())
     data = {
         k: np.asarray(v, float) if isinstance(v, list) else v for k, v in content["data"].items()
     }
     reference = content["reference"]
-    return Posterior(
-        name, model, arguments(data), unrolled, reference, {k: _where(k) for k in reference}
-    )
+    names = {parameter: _where(parameter) for parameter in reference}
+    return Posterior(name, model, arguments(data), counted(data), reference, names)
 
 
 def _where(parameter):

@@ -83,7 +83,7 @@ def test_the_published_pc_fmala_has_a_ceiling_and_a_shared_tangent_has_none():
     rates = {
         policy: jnp.mean(
             one_step(
-                probbp.pc_fmala(target.logdensity_fn, 5e-5, key_policy=policy, floor=0.0),
+                probbp.pc_fmala(target.logdensity_fn, 1e-6, key_policy=policy, floor=0.0),
                 target,
                 20_000,
             )[0]
@@ -105,20 +105,23 @@ def test_small_steps_are_accepted(algorithm):
 
 
 def test_an_unbiased_drift_hurts():
-    """The drift times d is unbiased for the gradient, and accepts far less at the same step."""
+    """The drift times d is unbiased for the gradient, and accepts far less at the same step.
+
+    The step is the best of a random walk, h = 2.38^2 / 2 d, which accepts 0.234.
+    """
     target = gaussian(64)
     rates = [
         jnp.mean(
             one_step(
-                probbp.fmala(target.logdensity_fn, 0.04, drift_scale=scale, key_policy="refreshed"),
+                probbp.fmala(target.logdensity_fn, 2.38**2 / 128, drift_scale=scale, key_policy="refreshed"),
                 target,
                 20_000,
             )[0]
         )
         for scale in (1.0, 64.0)
     ]
-    assert rates[0] > 0.3
-    assert rates[1] < 0.1
+    assert rates[0] > 0.22
+    assert rates[1] < 0.05
 
 
 def test_memory_does_not_grow_with_the_length_of_a_scan():
