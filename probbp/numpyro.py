@@ -109,7 +109,7 @@ class Kernel(MCMCKernel):
             target_accept_prob = target_acceptance_rate(algorithm)
         self._model = model
         self._algorithm = algorithm
-        self._potential_fn = potential_fn
+        self._potential_fn: Any = potential_fn
         self._step_size = step_size
         self._target_accept_prob = target_accept_prob
         self._metric = metric
@@ -227,11 +227,14 @@ class Kernel(MCMCKernel):
 
     def _bind(self, adapt_state, model_args, model_kwargs):
         """Return the algorithm on this model's log density with the current parameters."""
-        if self._potential_fn_gen is None:
-            potential_fn = self._potential_fn
-        else:
+        potential_fn = self._potential_fn
+        if self._potential_fn_gen is not None:
             potential_fn = self._potential_fn_gen(*model_args, **model_kwargs)
-        return self._algorithm(lambda z: -potential_fn(z), **parameters(adapt_state))
+
+        def logdensity_fn(z):
+            return -potential_fn(z)
+
+        return self._algorithm(logdensity_fn, **parameters(adapt_state))
 
     def _step(self, adapt, num_warmup, state, model_args, model_kwargs):
         rng_key, key_step = jax.random.split(state.rng_key)

@@ -571,6 +571,15 @@ def test_options_are_checked(build_it, words):
         build_it()
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "policy"), [(probbp.pc_fmala, "carried"), (probbp.mala, "x"), (probbp.fmala, "x")]
+)
+def test_kernels_check_the_policy_too(algorithm, policy):
+    state = algorithm.init(jnp.ones(2), normal)
+    with pytest.raises(ValueError, match="Unknown key_policy"):
+        algorithm.build_kernel()(jax.random.key(0), state, normal, 0.1, key_policy=policy)
+
+
 def test_a_plane_must_fit():
     algorithm = probbp.line_fmala(normal, 0.1, num_tangents=4)
     state = algorithm.init(jnp.ones(3))

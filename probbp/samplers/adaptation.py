@@ -206,16 +206,19 @@ def parameters(state: AdaptationState) -> dict[str, Any]:
     return learnt
 
 
-def _recipe(metric: Metric, num_params: int) -> MetricRecipe:
+def _recipe(metric: str | MetricRecipe, num_params: int) -> MetricRecipe:
+    """Look a metric up, and fit its rank to the position."""
     names = {"diag": "welford_diag", "dense": "welford_dense", "low_rank": "sample_cov_low_rank"}
     if isinstance(metric, str):
         checks.check_choice("metric", metric, tuple(names))
-        metric = lookup_recipe(names[metric])
-    if "gradients" in metric.needs:
+        recipe = lookup_recipe(names[metric])
+    else:
+        recipe = metric
+    if "gradients" in recipe.needs:
         raise ValueError(
             "This metric recipe takes gradients at their word, and ours are estimates: choose one "
             "that needs positions only ('diag', 'dense' or 'low_rank')."
         )
-    if metric.max_rank is not None and metric.max_rank > num_params:
-        metric = dataclasses.replace(metric, max_rank=num_params)
-    return metric
+    if recipe.max_rank is not None and recipe.max_rank > num_params:
+        recipe = dataclasses.replace(recipe, max_rank=num_params)
+    return recipe

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from probbp.types import LogDensity, Tree
 
@@ -43,7 +44,7 @@ def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
 
 def check_start(logdensity: jax.Array) -> None:
     """Require a finite log density where a chain starts, unless it is being traced."""
-    if not isinstance(logdensity, jax.core.Tracer) and not np.all(np.isfinite(logdensity)):
+    if not isinstance(logdensity, Tracer) and not np.all(np.isfinite(logdensity)):
         raise ValueError(
             f"The log density at the start is {logdensity}: a chain can't leave such a point. "
             "Start inside the support (for a NumPyro model: initialize_model, or Kernel's "
@@ -53,7 +54,7 @@ def check_start(logdensity: jax.Array) -> None:
 
 def check_step_size(step_size: float | jax.Array) -> None:
     """Require a positive, finite step size, unless it is being traced."""
-    if not isinstance(step_size, jax.core.Tracer):
+    if not isinstance(step_size, Tracer):
         value = np.asarray(step_size)
         if not np.all(np.isfinite(value) & (value > 0)):
             raise ValueError(

@@ -20,7 +20,14 @@ from blackjax.util import generate_unit_vector
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import FLOOR, Curvature, hessian, magnitude, no_curvature
-from probbp.samplers.mala import KeyPolicy, Local, MALAInfo, key_of, langevin_step
+from probbp.samplers.mala import (
+    KEY_POLICIES,
+    KeyPolicy,
+    Local,
+    MALAInfo,
+    key_of,
+    langevin_step,
+)
 from probbp.samplers.whitening import whitening
 from probbp.types import LogDensity, Tree
 
@@ -76,6 +83,7 @@ def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
         curvature: Curvature = curvature,
         floor: float = FLOOR,
     ) -> tuple[MALAState, MALAInfo]:
+        check_policy(key_policy, curvature)
         white = whitening(inverse_mass_matrix, state.position)
         derivatives = curvature(logdensity_fn)
 
@@ -90,6 +98,12 @@ def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
         return langevin_step(rng_key, state, local_fn, step_size, white, key_policy, drift_scale)
 
     return kernel
+
+
+def check_policy(key_policy: str, curvature: Curvature) -> None:
+    """Require a known policy; what is carried is a slope, and no curvature with it."""
+    choices = ("refreshed", "shared") if curvature is not no_curvature else KEY_POLICIES
+    checks.check_choice("key_policy", key_policy, choices)
 
 
 def top_level_api(
@@ -149,7 +163,7 @@ def as_top_level_api(
     Reference:
         Cobb & Jha, 2025, arXiv:2505.18081 (FMALA; the carried and shared policies are ours).
     """
-    checks.check_choice("key_policy", key_policy, ("carried", "refreshed", "shared"))
+    check_policy(key_policy, no_curvature)
     return top_level_api(
         build_fmala_kernel,
         logdensity_fn,
@@ -205,7 +219,7 @@ def pc_as_top_level_api(
     Reference:
         Cobb & Jha, 2025, arXiv:2505.18081 (PC-FMALA; shared tangent and floor are ours).
     """
-    checks.check_choice("key_policy", key_policy, ("refreshed", "shared"))
+    check_policy(key_policy, curvature)
     checks.check_floor(floor)
     return top_level_api(
         build_pc_fmala_kernel,

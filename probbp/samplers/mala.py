@@ -7,7 +7,7 @@ mixes and never what it converges to.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from probbp.samplers.whitening import Whitening, whitening
 from probbp.types import Estimator, LogDensity, Tree
 
 KeyPolicy = Literal["carried", "refreshed", "shared"]
+KEY_POLICIES = get_args(KeyPolicy)
 
 
 class MALAInfo(NamedTuple):
@@ -104,6 +105,7 @@ def build_kernel() -> Callable:
         estimator: Estimator | None = None,
         key_policy: KeyPolicy = "carried",
     ) -> tuple[MALAState, MALAInfo]:
+        checks.check_choice("key_policy", key_policy, KEY_POLICIES)
         white = whitening(inverse_mass_matrix, state.position)
         value_and_grad = white_value_and_grad(estimator, logdensity_fn, white)
 
@@ -158,7 +160,7 @@ def as_top_level_api(
         Neklyudov et al., 2020, arXiv:2006.16653).
     """
     checks.check_step_size(step_size)
-    checks.check_choice("key_policy", key_policy, ("carried", "refreshed", "shared"))
+    checks.check_choice("key_policy", key_policy, KEY_POLICIES)
     metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
     return build_sampling_algorithm(
         partial(build_kernel(), estimator=estimator, key_policy=key_policy),
