@@ -242,8 +242,9 @@ def search(
 ) -> Best:
     """Find the step size of the largest ESJD, in the norm of the precision.
 
-    A grid of seven moves until its best is inside; a cubic through the logarithms of
-    the five values around that gives the maximum. All step sizes see the same random numbers, so that the curve is smooth.
+    A grid of seven moves until its best is inside; a cubic through the logarithms of the five
+    values around that gives the maximum. All step sizes see the same random numbers, so that the
+    curve is smooth.
     """
     precision = None if np.all(target.root == np.eye(len(target.root))) else target.precision
 
