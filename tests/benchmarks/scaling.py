@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fast", action="store_true", help="a smoke test; its numbers are rough")
     fast = parser.parse_args().fast
-    for key, table in enumerate((dimensions, closed_forms, pc_fmala_targets, ceiling)):
+    for key, table in enumerate((dimensions, closed_forms, pc_fmala_targets, ceiling, stiffness)):
         start = time.perf_counter()
         table(jax.random.key(key), fast)
         print(f"[{time.perf_counter() - start:.0f} s]\n", flush=True)
@@ -202,6 +202,36 @@ def ceiling(rng_key: jax.Array, fast: bool) -> None:
                     f"; limit at d={dim} {limit:.4f} (z = {z:.1f}); formula, d large {formula:.4f}"
                 )
             print(row, flush=True)
+
+
+def stiffness(rng_key: jax.Array, fast: bool) -> None:
+    """Print how fast a soft coordinate forgets where a few directions are a thousand times stiffer.
+
+    One curvature for each line is what PC-Line-FMALA is for; a full gradient's step size must suit
+    the stiffest direction.
+    """
+    dim, num_stiff, num_chains = 64, 3, 1_000 if fast else 4_000
+    print(f"A soft coordinate's rate of forgetting times d, at the best step size, d={dim}")
+    print(f"{'':22s}{'isotropic':>12s}{f'{num_stiff} stiff':>12s}{'accept':>9s}{'epsilon':>9s}")
+    precision = np.diag(np.r_[np.ones(dim - num_stiff), np.full(num_stiff, 1e3)])
+    targets = (isotropic(dim), gaussian(np.linalg.inv(precision)))
+    targets = [target._replace(softest=np.eye(dim)[0]) for target in targets]
+    samplers = {
+        "random walk": (_random_walk, 0.3),
+        "mala": (_ours(probbp.mala), 0.8),
+        "fmala": (_ours(probbp.fmala, key_policy="shared"), 0.3),
+        "line_fmala": (_ours(probbp.line_fmala), 1.6),
+        "pc_line_fmala": (_ours(probbp.pc_line_fmala), 1.6),
+        "pc_line_fmala, k=2": (_ours(probbp.pc_line_fmala, num_tangents=2), 1.5),
+    }
+    for name, (algorithm, guess) in samplers.items():
+        algorithm = partial(algorithm, dim=dim)
+        grid = guess * RATIO ** np.arange(-28.0, 5.0, 2.0)
+        results = [relaxation(rng_key, t, algorithm, grid, num_chains) for t in targets]
+        best = [int(np.argmax(rates)) for rates, _ in results]
+        soft, stiff = (dim * rates[i] for (rates, _), i in zip(results, best, strict=True))
+        accept = results[1][1][best[1]]
+        print(f"{name:22s}{soft:12.3f}{stiff:12.4f}{accept:9.2f}{grid[best[1]]:9.3f}", flush=True)
 
 
 def gaussian(covariance: np.ndarray) -> Gaussian:
