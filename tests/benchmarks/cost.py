@@ -115,8 +115,8 @@ def deep_network(depth: int, rows: int, width: int = 64) -> Model:
     """A multilayer perceptron with two outputs, Gaussian noise and Gaussian priors.
 
     Two outputs make the number of parameters even: XLA's CPU backend takes several times longer
-    to draw an odd number of normals (`print_parts` shows it). Checkpoints sit in a loop over the
-    layers, since the same backend undoes them where the layers are written out.
+    to draw an odd number of normals (`print_parts` shows it). Checkpoints, of layers and groups of
+    them, sit in loops, since the same backend undoes them where layers are written out.
     """
     sizes = (8, *[width] * depth, 2)
     keys = jax.random.split(jax.random.key(0), depth + 2)
@@ -142,8 +142,8 @@ def deep_network(depth: int, rows: int, width: int = 64) -> Model:
         first, *inner, last = layers
         num = _divisor(len(inner))
         inner = jax.tree.map(lambda *ls: jnp.stack(ls).reshape(num, -1, *ls[0].shape), *inner)
-        group = jax.checkpoint(lambda hidden, layers: jax.lax.scan(layer, hidden, layers))
-        hidden, _ = jax.lax.scan(group, layer(x, first)[0], inner)
+        each = partial(jax.lax.scan, jax.checkpoint(layer))
+        hidden, _ = jax.lax.scan(jax.checkpoint(each), layer(x, first)[0], inner)
         return hidden @ last[0] + last[1]
 
     def loglikelihood(mean):

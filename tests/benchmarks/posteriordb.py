@@ -16,9 +16,9 @@ DIR holds the reference moments (see `posteriors.py`). One row per posterior and
 - `seconds`: wall time, compilation and warm-up included.
 
 Samplers with one proposal a draw share `probbp.sample` and its warm-up with a dense metric; NUTS is
-NumPyro's, dense too, and makes a tenth of the draws. The others start from draws of NUTS: what is
-compared is how a sampler moves in a posterior, not whether it finds it. With `--cold` they start
-near the median of the prior; Lotka-Volterra then keeps some chains in a local mode.
+NumPyro's, dense too, and makes a tenth of the draws (in forward mode a twentieth). The others start
+from draws of NUTS: what is compared is how a sampler moves in a posterior, not whether it finds it.
+With `--cold` those with one proposal start where NUTS did.
 
 The exit status is 1 if a sampler that looks converged (R-hat < 1.01, ESS > 400) has some |z| > 5.
 """
@@ -42,7 +42,7 @@ import xarray as xr
 from blackjax.mcmc.mala import MALAState
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
-from numpyro.infer import MCMC, NUTS, init_to_median
+from numpyro.infer import MCMC, NUTS, init_to_value
 from numpyro.infer.util import initialize_model, unconstrain_fn
 from posteriors import MODELS, Posterior, entry, load
 
@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--data", required=True, type=Path, help="folder of the reference moments")
     parser.add_argument("--only", default="", help="part of a posterior's name")
     parser.add_argument("--samples", type=int, default=20_000, help="draws per chain")
-    parser.add_argument("--warmup", type=int, default=5_000, help="steps of warm-up per chain")
+    parser.add_argument("--warmup", type=int, default=10_000, help="steps of warm-up per chain")
     parser.add_argument("--chains", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cold", action="store_true", help="don't start from NUTS's draws")
@@ -190,51 +190,59 @@ def main():
 def runs(posterior: Posterior, args):
     """Yield the name and the run of every sampler, NUTS first: the others start from its draws."""
     keys = iter(jax.random.split(jax.random.key(args.seed), 3 + len(METROPOLIS)))
+    key_init = next(keys)
     # Two of NumPyro's descriptions: the model as it is, and the one whose operations are counted.
     info, counted = (
         initialize_model(
-            key,
+            key_init,
             posterior.model,
-            init_strategy=init_to_median(num_samples=100),
+            init_strategy=init_to_value(values=posterior.start),
             model_kwargs={**posterior.model_kwargs, **extra},
             validate_grad=False,
         )
-        for key, extra in zip([next(keys)] * 2, ({}, posterior.counted), strict=True)
+        for extra in ({}, posterior.counted)
     )
     position = info.param_info.z
-    starts = position
-    for name, forward in {"NUTS": False, "NUTS, forward mode": True}.items():
-        run = nuts(next(keys), posterior, args, leapfrog_cost(counted, forward), forward)
-        if not (forward or args.cold):
-            starts = partial(draw_from, posterior, {site: run.draws[site] for site in position})
-        yield name, run
+    reverse = nuts(next(keys), posterior, counted, args)
+    yield "NUTS", reverse
+    at_draw = partial(draw_from, posterior, {site: reverse.draws[site] for site in position})
+    yield "NUTS, forward mode", nuts(next(keys), posterior, counted, args, at_draw)
+    starts = position if args.cold else at_draw
     for name, (algorithm, target) in METROPOLIS.items():
         yield name, metropolis(next(keys), algorithm, target, info, counted, starts, args)
 
 
-def nuts(rng_key, posterior, args, cost, forward):
-    """Run NumPyro's NUTS."""
+def nuts(rng_key, posterior, counted, args, forward_from=None):
+    """Run NumPyro's NUTS, in forward mode (and half as long) if given `rng_key -> start`."""
     start = time.perf_counter()
+    forward = forward_from is not None
+    key_starts, key_run = jax.random.split(rng_key)
+    starts = forward and jax.vmap(forward_from)(jax.random.split(key_starts, args.chains))
     kernel = NUTS(
         posterior.model,
         dense_mass=True,
         target_accept_prob=NUTS_TARGET,
-        init_strategy=init_to_median(num_samples=100),
+        init_strategy=init_to_value(values=posterior.start),
         forward_mode_differentiation=forward,
     )
     mcmc = MCMC(
         kernel,
-        num_warmup=1_000,
-        num_samples=args.samples // 10,
+        num_warmup=500 if forward else 1_000,
+        num_samples=args.samples // (20 if forward else 10),
         num_chains=args.chains,
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.run(rng_key, extra_fields=("accept_prob", "num_steps"), **posterior.model_kwargs)
+    mcmc.run(
+        key_run,
+        init_params=starts or None,
+        extra_fields=("accept_prob", "num_steps"),
+        **posterior.model_kwargs,
+    )
     draws = jax.device_get(mcmc.get_samples(group_by_chain=True))
     extra = jax.device_get(mcmc.get_extra_fields(group_by_chain=True))
     seconds = time.perf_counter() - start
-    evals = cost * extra["num_steps"].mean()
+    evals = leapfrog_cost(counted, forward) * extra["num_steps"].mean()
     return Run(draws, extra["accept_prob"].mean(), evals, seconds)
 
 
@@ -363,8 +371,8 @@ COLUMNS = {
 def heading(args):
     return (
         f"{args.chains} chains of {args.samples} draws after {args.warmup} steps of warm-up, NUTS "
-        f"{args.samples // 10} after 1000; {'cold' if args.cold else 'warm'} starts, "
-        f"seed {args.seed}; JAX {jax.__version__} on {jax.default_backend()}"
+        f"{args.samples // 10}; {'cold' if args.cold else 'warm'} starts, seed {args.seed}; "
+        f"JAX {jax.__version__} on {jax.default_backend()}"
     )
 
 

@@ -113,7 +113,9 @@ def test_an_unbiased_drift_hurts():
     rates = [
         jnp.mean(
             one_step(
-                probbp.fmala(target.logdensity_fn, 2.38**2 / 128, drift_scale=scale, key_policy="refreshed"),
+                probbp.fmala(
+                    target.logdensity_fn, 2.38**2 / 128, drift_scale=scale, key_policy="refreshed"
+                ),
                 target,
                 20_000,
             )[0]
