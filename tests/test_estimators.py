@@ -1,6 +1,5 @@
 """One table of estimators, and the laws that all of them keep."""
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
