@@ -1,6 +1,5 @@
 """One table of estimators, and the laws that all of them keep."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
