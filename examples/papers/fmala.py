@@ -8,7 +8,8 @@ point (theirs computes it again), and the network's posterior is not tempered.
 
     python examples/papers/fmala.py [picture.png] [--fast]
 
-About ten minutes on two cores; --fast tries three samplers in one, with sizes that say nothing.
+About a quarter of an hour on two cores; --fast tries three samplers in a minute, with sizes that
+say nothing.
 """
 
 import argparse
