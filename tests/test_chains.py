@@ -230,3 +230,9 @@ def test_metrics_that_need_gradients_are_refused():
             jnp.zeros(3),
             metric=lookup_recipe("fisher_diag"),
         )
+
+
+def test_fresh_tangents_of_pc_fmala_have_no_rate_to_tune_for():
+    algorithm = partial(probbp.pc_fmala, TARGET.logdensity_fn, key_policy="refreshed")
+    with pytest.raises(ValueError, match="key_policy='shared'"):
+        quiet(jax.random.key(0), algorithm, jnp.zeros(3))
