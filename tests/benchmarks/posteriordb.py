@@ -18,7 +18,8 @@ DIR holds the reference moments (see `posteriors.py`). One row per posterior and
 Samplers with one proposal a draw share `probbp.sample` and its warm-up with a dense metric; NUTS is
 NumPyro's, dense too, and makes a tenth of the draws (in forward mode a twentieth). The others start
 from draws of NUTS: what is compared is how a sampler moves in a posterior, not whether it finds it.
-With `--cold` those with one proposal start where NUTS did.
+With `--cold` those with one proposal start where NUTS did. All of it takes twenty minutes on two
+cores.
 
 The exit status is 1 if a sampler that looks converged (R-hat < 1.01, ESS > 400) has some |z| > 5.
 """
