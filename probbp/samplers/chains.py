@@ -208,6 +208,5 @@ def _show(bar, num_steps, acceptance, step_size):
     bar.update(num_steps)
     if not bar.disable:
         bar.set_postfix_str(
-            f"acceptance {float(jnp.mean(acceptance)):.2f}, "
-            f"step size {float(jnp.mean(step_size)):.2e}"
+            f"acceptance {np.mean(acceptance):.2f}, step size {np.mean(step_size):.2e}"
         )
