@@ -5,6 +5,7 @@ arguments under one name. This adapter serves both.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import arviz
@@ -65,7 +66,10 @@ def from_blackjax(
     positions = getattr(states, "position", states)
     posterior_positions = positions
     if postprocess_fn is not None:
-        posterior_positions = jax.jit(jax.vmap(jax.vmap(postprocess_fn)))(positions)
+        # One draw after the other, as in NumPyro: XLA's CPU backend may lock up for good where two
+        # triangular solves with thousands of matrices each wait for the same few threads.
+        postprocess = jax.vmap(partial(jax.lax.map, postprocess_fn))
+        posterior_positions = jax.jit(postprocess)(positions)
     posterior = _named(posterior_positions)
     statistics = {}
     if hasattr(states, "logdensity"):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.scipy.linalg import cho_solve, solve_triangular
 from numpyro.distributions import constraints
 
 
@@ -184,12 +185,28 @@ def predator_prey(theta, log_z_init, ts, substeps, unroll=1):
 
 
 def gp_poisson_regression(x, k):
-    """Counts whose log rate is a Gaussian process, by its whitened values `f_tilde`."""
+    """Counts whose log rate is a Gaussian process, in coordinates that straighten the posterior.
+
+    Stan's model has `f = L f_tilde` with `f_tilde ~ N(0, I)`. Eleven large counts pin `f` down, so
+    that `f_tilde` has to follow every move of `rho` and `alpha`, and no single move gets far. Here
+    `z` has the posterior of `f_tilde` for its origin and its unit, as it would be given the
+    hyperparameters and observations `log k ~ N(f, 1 / k)`: the same density with its Jacobian,
+    and close to N(0, I) whatever the hyperparameters.
+    """
     rho = numpyro.sample("rho", dist.Gamma(25.0, 4.0))
     alpha = numpyro.sample("alpha", dist.HalfNormal(2.0))
-    f_tilde = numpyro.sample("f_tilde", dist.Normal(0.0, 1.0).expand(x.shape).to_event(1))
+    z = numpyro.sample("z", _flat(constraints.real_vector, len(x)))
+
     covariance = alpha**2 * jnp.exp(-0.5 * ((x[:, None] - x) / rho) ** 2) + 1e-10 * jnp.eye(len(x))
-    f = numpyro.deterministic("f", jnp.linalg.cholesky(covariance) @ f_tilde)
+    factor = jnp.linalg.cholesky(covariance)
+    weighted = factor.T * k
+    precision = jnp.linalg.cholesky(jnp.eye(len(x)) + weighted @ factor)
+    mean = cho_solve((precision, True), weighted @ jnp.log(k))
+    f_tilde = mean + solve_triangular(precision.T, z)
+    numpyro.factor("f_tilde", dist.Normal(0.0, 1.0).log_prob(f_tilde).sum())
+    numpyro.factor("jacobian", -jnp.log(jnp.diag(precision)).sum())
+
+    f = numpyro.deterministic("f", factor @ f_tilde)
     numpyro.sample("k", dist.Poisson(jnp.exp(f)), obs=k)
 
 
