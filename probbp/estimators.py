@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from probbp.types import Estimator, Tree, ValueAndGrad
+from probbp.types import Estimator, Tree, ValueAndGrad, keyed
 
 
 def reverse() -> Estimator:
-    """Return the exact gradient by reverse mode: `jax.value_and_grad`, which ignores its key.
+    """Return the exact gradient by reverse mode: `jax.value_and_grad`.
+
+    Exact for the function as it is differentiated. Where `fun` has an argument `rng_key`, for
+    operations with a random backward pass, that gets the key; otherwise the key is ignored.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -26,8 +29,10 @@ def reverse() -> Estimator:
     """
 
     def estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        value_and_grad = jax.value_and_grad(fun, has_aux=has_aux)
-        return lambda rng_key, params: value_and_grad(params)
+        def value_and_grad(rng_key, params):
+            return jax.value_and_grad(keyed(fun, rng_key), has_aux=has_aux)(params)
+
+        return value_and_grad
 
     return estimator
 
@@ -88,9 +93,11 @@ def forward(
             num_params = optax.tree.size(params)
             directions = _tangents(rng_key, params, num_tangents, tangents)
             weight = (1.0 if tangents == "gaussian" else num_params) / num_tangents
+            # The tangents must not depend on what the function draws.
+            one_fun = keyed(fun, jax.random.fold_in(rng_key, 0))
 
             def pushforward(tangent):
-                value, slope, *aux = jax.jvp(fun, (params,), (tangent,), has_aux=has_aux)
+                value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
                 return ((value, *aux) if has_aux else value), slope
 
             if batch_size is None or batch_size >= num_tangents:

@@ -1,4 +1,4 @@
-"""The door to NumPyro: any BlackJAX-style algorithm in NumPyro's own `MCMC`."""
+"""The two doors to NumPyro: any algorithm in its `MCMC`, any gradient estimate in its `SVI`."""
 
 import copy
 from collections.abc import Callable
@@ -12,13 +12,16 @@ from numpyro.handlers import seed, trace
 from numpyro.infer import init_to_uniform, initialization
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
+from numpyro.optim import _NumPyroOptim, optax_to_numpyro
+from numpyro.primitives import Messenger
 from numpyro.util import identity, is_prng_key
 
+from probbp.samplers import checks
 from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
 from probbp.samplers.algorithm import target_acceptance_rate
-from probbp.types import LogDensity, Tree
+from probbp.types import Estimator, LogDensity, Tree
 
-__all__ = ["Kernel", "KernelState"]
+__all__ = ["Kernel", "KernelState", "Optim", "OptimState"]
 
 # ArviZ 1 loads NumPyro lazily. If it is imported before NumPyro, `numpyro.infer` is executed twice
 # and loses its submodules, among them the one that `arviz.from_numpyro` looks up.
@@ -59,6 +62,11 @@ class Kernel(MCMCKernel):
     NumPyro's `Gibbs` for models with discrete sites. Nothing differentiates the model but the
     algorithm itself: with the forward ones, models with loops of dynamic length are accepted.
 
+    An operation of the model whose backward pass is random takes `numpyro.prng_key()`, which hangs
+    on the key of the algorithm's estimate: the same at both ends of a move where these share it, so
+    that the chain stays exact. With an algorithm that draws no estimates, such as `blackjax.nuts`,
+    the key is always the same, and the derivative a fixed one.
+
     Args:
         model: a NumPyro model with continuous latent sites.
         algorithm: `(logdensity_fn, step_size=..., inverse_mass_matrix=...) -> SamplingAlgorithm`,
@@ -73,7 +81,7 @@ class Kernel(MCMCKernel):
 
     Raises:
         ValueError: for neither or both of `model` and `potential_fn`, a model without latent
-            sites, or one with discrete ones.
+            sites, one with discrete ones, or one whose log density depends on `numpyro.prng_key()`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, probbp
@@ -118,6 +126,7 @@ class Kernel(MCMCKernel):
 
     def _reset(self) -> None:
         self._potential_fn_gen: Callable | None = None
+        self._draws_keys = False
         self._postprocess_fn: Callable | None = None
         self._sample_fn: Callable | None = None
 
@@ -211,7 +220,10 @@ class Kernel(MCMCKernel):
                 raise ValueError("A Kernel built from a potential_fn needs MCMC.run(init_params=).")
             return init_params
         one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
-        _check_sites(self._model, one_key, model_args, model_kwargs)
+        watch = _KeyWatch()
+        with watch:
+            _check_sites(self._model, one_key, model_args, model_kwargs)
+        self._draws_keys = watch.has_seen_one
         info = initialize_model(
             rng_key,
             self._model,
@@ -223,10 +235,17 @@ class Kernel(MCMCKernel):
         )
         self._potential_fn_gen = info.potential_fn
         self._postprocess_fn = info.postprocess_fn
-        return info.param_info.z if init_params is None else init_params
+        start = info.param_info.z if init_params is None else init_params
+        one_start = start if is_prng_key(rng_key) else jax.tree.map(lambda leaf: leaf[0], start)
+        checks.check_key(self._logdensity_fn(model_args, model_kwargs), one_start)
+        return start
 
     def _bind(self, adapt_state, model_args, model_kwargs):
         """Return the algorithm on this model's log density with the current parameters."""
+        logdensity_fn = self._logdensity_fn(model_args, model_kwargs)
+        return self._algorithm(logdensity_fn, **parameters(adapt_state))
+
+    def _logdensity_fn(self, model_args, model_kwargs) -> LogDensity:
         potential_fn = self._potential_fn
         if self._potential_fn_gen is not None:
             potential_fn = self._potential_fn_gen(*model_args, **model_kwargs)
@@ -234,7 +253,13 @@ class Kernel(MCMCKernel):
         def logdensity_fn(z):
             return -potential_fn(z)
 
-        return self._algorithm(logdensity_fn, **parameters(adapt_state))
+        def keyed_logdensity_fn(z, rng_key=None):
+            rng_key = jax.random.key(0) if rng_key is None else rng_key
+            # Only keys are handed out: a site or a subsample drawn here would enter the value.
+            with seed(rng_seed=rng_key, hide_types=["sample", "plate"]):
+                return -potential_fn(z)
+
+        return keyed_logdensity_fn if self._draws_keys else logdensity_fn
 
     def _step(self, adapt, num_warmup, state, model_args, model_kwargs):
         rng_key, key_step = jax.random.split(state.rng_key)
@@ -280,6 +305,124 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
+
+
+class OptimState(NamedTuple):
+    """What `Optim` keeps beside the number of steps made.
+
+    Attributes:
+        params: what is optimised, unconstrained.
+        optax_state: state of the Optax transformation.
+        rng_key: key of the next estimate; `_replace` sets another.
+    """
+
+    params: Tree
+    optax_state: Any
+    rng_key: jax.Array
+
+
+class Optim(_NumPyroOptim):
+    """An optimiser for `numpyro.infer.SVI` that differentiates by any estimator.
+
+    SVI itself stays as it is: `run`, `update`, `stable_update`, the progress bar, constrained
+    parameters, mutable state, subsampling. With `estimators.reverse()` the losses and parameters
+    are, bit for bit, those of SVI with the plain Optax transformation.
+
+    Exact: the loss. Estimated: its gradient with respect to the unconstrained parameters, beside
+    what the ELBO's own sample does. Each step has a fresh key, which follows from `rng_key` alone;
+    a model's random operations (`numpyro.prng_key()`) have fresh ones from SVI. What remembers past
+    gradients, such as clipping to a running scale, belongs in the transformation: `optax.chain`.
+
+    Args:
+        transformation: an Optax optimiser.
+        estimator: such as `probbp.estimators.forward(num_tangents=16)`.
+        rng_key: key of the estimates. SVI gives an optimiser none, so that runs which differ in
+            SVI's key alone share the directions of their estimates.
+
+    Raises:
+        TypeError: for a transformation that is not Optax's.
+        ValueError: when SVI is asked for `forward_mode_differentiation`, which is the estimator's
+            choice here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from probbp.estimators import forward
+        >>> from probbp.numpyro import Optim
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mean, 1), obs=y)
+        >>> optim = Optim(optax.adam(0.05), forward(num_tangents=2))
+        >>> svi = SVI(model, AutoNormal(model), optim, Trace_ELBO())
+        >>> result = svi.run(jax.random.key(0), 100, jnp.ones(5), progress_bar=False)
+    """
+
+    def __init__(  # noqa: D107 (the class has the docstring)
+        self,
+        transformation: optax.GradientTransformation,
+        estimator: Estimator,
+        *,
+        rng_key: jax.Array | None = None,
+    ):
+        if not isinstance(transformation, optax.GradientTransformation):
+            raise TypeError(
+                f"Optim needs an Optax transformation such as optax.adam(1e-2), not "
+                f"{type(transformation).__name__}."
+            )
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        host = optax_to_numpyro(transformation)
+
+        def init_fn(params):
+            return OptimState(*host.init_fn(params), rng_key)
+
+        def update_fn(step, grads, state, value):
+            updated = host.update_fn(step, grads, (state.params, state.optax_state), value=value)
+            return OptimState(*updated, state.rng_key)
+
+        def make():
+            return init_fn, update_fn, lambda state: state.params
+
+        super().__init__(make, update_with_value=True)
+        self._estimator = estimator
+
+    def eval_and_update(self, fn, state, forward_mode_differentiation=False):
+        """Take one step on the estimate of `fn`'s gradient; called by `SVI.update`."""
+        (out, aux), grads, state = self._estimate(fn, state, forward_mode_differentiation)
+        return (out, aux), self.update(grads, state, value=out)
+
+    def eval_and_stable_update(self, fn, state, forward_mode_differentiation=False):
+        """Do the same unless the loss or the estimate is not finite: then only the key moves on."""
+        (out, aux), grads, state = self._estimate(fn, state, forward_mode_differentiation)
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((out, grads))]
+        out, state = jax.lax.cond(
+            jnp.all(jnp.stack(finite)),
+            lambda: (out, self.update(grads, state, value=out)),
+            lambda: (jnp.full_like(out, jnp.nan), state),
+        )
+        return (out, aux), state
+
+    def _estimate(self, fn, state, forward_mode_differentiation):
+        if forward_mode_differentiation:
+            raise ValueError(
+                "Optim differentiates by its estimator: leave forward_mode_differentiation out. "
+                "estimators.forward is forward mode; exactly so with tangents='orthogonal' and as "
+                "many tangents as parameters."
+            )
+        step, optim_state = state
+        next_key, key_estimate = jax.random.split(optim_state.rng_key)
+        value, grads = self._estimator(fn, has_aux=True)(key_estimate, optim_state.params)
+        return value, grads, (step, optim_state._replace(rng_key=next_key))
+
+
+class _KeyWatch(Messenger):
+    """Notices `numpyro.prng_key()`, or a loop that may hide it."""
+
+    has_seen_one = False
+
+    def process_message(self, msg):
+        if msg["type"] in ("prng_key", "control_flow"):
+            self.has_seen_one = True
 
 
 def _check_sites(model, rng_key, model_args, model_kwargs) -> None:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from probbp.estimators import averaged, forward, reverse, through
+from probbp.ops import substitute
 
 D = 12  # parameters of `fun`, in two leaves of different shape
 
@@ -62,6 +63,25 @@ def test_the_mean_over_keys_is_the_gradient(name):
         error = estimate.std(axis=0) / np.sqrt(len(keys))
         z = (estimate.mean(axis=0) - truth) / jnp.maximum(error, 1e-12)
         assert jnp.all(jnp.abs(z) < 4.5)
+
+
+def keyed_fun(params, rng_key):
+    """`fun` with a backward pass that drops three entries of four at random, unbiased."""
+    a = params["a"]
+    kept = jax.random.bernoulli(rng_key, 0.25, a.shape)
+    return fun(params | {"a": substitute(a, 4 * kept * a)})
+
+
+@every_estimator
+def test_a_function_s_own_key_hangs_on_the_estimator_s(name):
+    """Independent of the tangents, too: otherwise the mean would be off."""
+    value_and_grad = jax.jit(jax.vmap(ESTIMATORS[name](keyed_fun), in_axes=(0, None)))
+    values, grads = value_and_grad(jax.random.split(jax.random.key(4), 20_000), params())
+    np.testing.assert_allclose(values, fun(params()), rtol=1e-12)
+    assert jnp.all(grads["a"].std(axis=0) > 0)
+    exact = jax.grad(fun)(params())["a"]
+    error = grads["a"].std(axis=0) / np.sqrt(len(values))
+    assert jnp.all(jnp.abs(grads["a"].mean(axis=0) - exact) < 4.5 * error)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,19 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
+import optax
+from flax import nnx
+from numpyro.contrib.control_flow import scan
+from numpyro.contrib.module import nnx_module
+from numpyro.distributions import constraints
+from numpyro.infer import HMC, MCMC, NUTS, SVI, DiscreteGibbs, Gibbs, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.elbo import RenyiELBO
 
 import probbp
-from probbp.numpyro import Kernel
+from probbp.estimators import forward, reverse, through
+from probbp.numpyro import Kernel, Optim
+from probbp.ops import substitute
 
 Y = jnp.array([1.2, -0.3, 0.8, 2.1, 0.4])
 
@@ -232,6 +241,275 @@ def test_pickle():
     copy.run(jax.random.key(1), Y)
 
 
+# ---------------------------------------------------------------------------------------
+# Operations with another derivative inside a model.
+
+
+def random_backward(x, rng_key):
+    """Return x, with a derivative scaled at random; without a key, the true one."""
+    return x if rng_key is None else substitute(x, 2 * jax.random.normal(rng_key) * x)
+
+
+def with_random_backward(y):
+    mean = numpyro.sample("mean", dist.Normal(0, 2))
+    numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(random_backward(mean, numpyro.prng_key()), 1), obs=y)
+
+
+def with_random_backward_in_a_loop(y):
+    mean = numpyro.sample("mean", dist.Normal(0, 2))
+    numpyro.sample("scale", dist.HalfNormal(1.0))
+
+    def row(carry, y):
+        numpyro.sample("y", dist.Normal(random_backward(mean, numpyro.prng_key()), 1), obs=y)
+        return carry, None
+
+    scan(row, None, y)
+
+
+@pytest.mark.parametrize("key_policy", ["carried", "refreshed", "shared"])
+@pytest.mark.parametrize("model", [with_random_backward, with_random_backward_in_a_loop])
+def test_a_random_backward_pass_keeps_the_chain_exact(model, key_policy):
+    mcmc = mcmc_of(Kernel(model, partial(probbp.mala, key_policy=key_policy)), num_samples=6_000)
+    mcmc.run(jax.random.key(0), Y)
+    assert_moments(az.from_numpyro(mcmc), MOMENTS)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "mala"])
+def test_a_random_backward_pass_keeps_forward_samplers_exact(name):
+    mcmc = mcmc_of(Kernel(with_random_backward, KERNELS[name]), num_samples=6_000)
+    mcmc.run(jax.random.key(0), Y)
+    assert_moments(az.from_numpyro(mcmc), MOMENTS)
+
+
+def estimates(kernel, num_samples=200):
+    """Return positions and what the chain took for the gradient there."""
+    mcmc = mcmc_of(kernel, num_warmup=0, num_samples=num_samples, num_chains=1)
+    state = "algorithm_state.logdensity_grad"
+    mcmc.run(jax.random.key(0), Y, extra_fields=("z", state))
+    extra = mcmc.get_extra_fields()
+    return extra["z"]["mean"], extra[state]["mean"]
+
+
+def test_the_model_s_key_is_the_estimate_s():
+    """At one and the same position different steps see different derivatives."""
+    kernel = Kernel(with_random_backward, partial(probbp.mala, key_policy="refreshed"))
+    mean, grad = estimates(kernel)
+    true = jnp.sum(Y) - mean * len(Y) - mean / 4
+    assert len(np.unique(np.round((grad + mean / 4) / (true + mean / 4), 8))) > 10
+
+
+@pytest.mark.parametrize("chain_method", ["sequential", "vectorized"])
+def test_a_model_whose_value_depends_on_the_key_is_refused(chain_method):
+    def dropout(y):
+        mean = numpyro.sample("mean", dist.Normal(0, 2))
+        kept = jax.random.bernoulli(numpyro.prng_key(), 0.5, y.shape)
+        numpyro.sample("y", dist.Normal(mean, 1).mask(kept), obs=y)
+
+    with pytest.raises(ValueError, match="depends on its random key"):
+        mcmc_of(Kernel(dropout, probbp.mala), chain_method=chain_method).run(jax.random.key(0), Y)
+
+
+def with_a_wrong_derivative(y):
+    """The conjugate model, differentiated as something else: a fixed field, and a wrong one."""
+    mean = numpyro.sample("mean", dist.Normal(0, 2))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    seen = substitute(mean, 0.5 * mean + 0.2 * jnp.sin(3 * mean) + 0.3 * scale)
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(seen, 1), obs=y)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("kernel", [NUTS, partial(HMC, trajectory_length=1.5)])
+def test_numpyro_s_samplers_are_exact_with_a_wrong_derivative(kernel, forward_mode):
+    kernel = kernel(with_a_wrong_derivative, forward_mode_differentiation=forward_mode)
+    mcmc = mcmc_of(kernel, num_samples=6_000)
+    mcmc.run(jax.random.key(0), Y)
+    assert_moments(az.from_numpyro(mcmc), MOMENTS)
+
+
+def test_a_random_backward_pass_is_the_true_one_where_no_key_is_drawn():
+    """NumPyro's own samplers hand a model no key."""
+    mcmc = mcmc_of(NUTS(with_random_backward), num_samples=3_000)
+    mcmc.run(jax.random.key(0), Y)
+    assert_moments(az.from_numpyro(mcmc), MOMENTS)
+
+
+def test_svi_draws_a_fresh_key_at_every_step():
+    """The estimates of one and the same gradient differ, and their mean is right."""
+
+    def model(y):
+        slope = numpyro.param("slope", 1.0)
+        numpyro.factor("loss", random_unbiased(slope, numpyro.prng_key()))
+
+    def random_unbiased(x, rng_key):
+        return substitute(x, 2 * jax.random.bernoulli(rng_key) * x)
+
+    svi = SVI(model, lambda y: None, Optim(optax.sgd(1.0), reverse()), Trace_ELBO())
+    state, losses = svi.init(jax.random.key(0), Y), []
+    for _ in range(200):
+        before = svi.get_params(state)["slope"]
+        state, _ = svi.update(state, Y)
+        losses.append(float(svi.get_params(state)["slope"] - before))
+    assert set(np.round(losses, 6)) == {0.0, 2.0}
+    assert abs(np.mean(losses) - 1) < 4.5 / np.sqrt(200)
+
+
+# ---------------------------------------------------------------------------------------
+# SVI.
+
+ROWS = jnp.linspace(-1, 1, 40)
+
+
+def network_model(x, y):
+    """Constrained parameters, a subsampling plate, and a Flax network with a mutable count."""
+    network = nnx_module("network", NETWORK)
+    noise = numpyro.param("noise", 0.5, constraint=constraints.positive)
+    weight = numpyro.sample("weight", dist.Normal(0, 1))
+    with numpyro.plate("rows", len(x), subsample_size=10) as index:
+        mean = network(x[index][:, None])[:, 0] + weight
+        numpyro.sample("y", dist.Normal(mean, noise), obs=y[index])
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(1, 4, rngs=rngs)
+        self.outer = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.outer(jnp.tanh(self.inner(x)))
+
+
+NETWORK = Network(nnx.Rngs(0))
+
+
+def network_guide(x, y):
+    loc = numpyro.param("loc", 0.3)
+    scale = numpyro.param("scale", 0.1, constraint=constraints.interval(0.01, 2.0))
+    numpyro.sample("weight", dist.Normal(loc, scale))
+
+
+@pytest.mark.parametrize("options", [{}, {"stable_update": True}, {"progress_bar": True}])
+def test_with_the_exact_gradient_it_is_plain_optax_bit_for_bit(options):
+    y = jnp.sin(3 * ROWS)
+    transformation = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-2))
+    plain, ours = (
+        SVI(network_model, network_guide, optim, Trace_ELBO()).run(
+            jax.random.key(0), 200, ROWS, y, **{"progress_bar": False} | options
+        )
+        for optim in (transformation, Optim(transformation, reverse()))
+    )
+    np.testing.assert_array_equal(plain.losses, ours.losses)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, ours.params)
+    assert plain.losses[-20:].mean() < plain.losses[:20].mean()
+
+
+# name -> (estimator, whether its gradient hangs on its key)
+SVI_ESTIMATORS = {
+    "reverse": (reverse(), False),
+    "forward": (forward(num_tangents=4), True),
+    "forward, in batches": (forward(num_tangents=4, batch_size=1), True),
+    "all directions": (forward(num_tangents=4, tangents="orthogonal"), False),
+    "through": (through(optax.scale(1.0), forward(num_tangents=8)), True),
+}
+
+
+@pytest.mark.parametrize("name", SVI_ESTIMATORS)
+def test_svi_finds_a_conjugate_posterior(name):
+    """The guide of `scale` is a normal on the log scale; that of `mean` holds the posterior."""
+    estimator, _ = SVI_ESTIMATORS[name]
+    optim = Optim(optax.adam(optax.cosine_decay_schedule(0.03, 4_000)), estimator)
+    svi = SVI(conjugate, AutoNormal(conjugate), optim, Trace_ELBO(num_particles=4))
+    params = svi.run(jax.random.key(0), 4_000, Y, progress_bar=False).params
+    mean, variance = MOMENTS["mean"]
+    assert abs(params["mean_auto_loc"] - mean) < 0.1 * np.sqrt(variance)
+    assert abs(params["mean_auto_scale"] / np.sqrt(variance) - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", SVI_ESTIMATORS)
+def test_the_key_can_be_set_and_moves_on(name):
+    estimator, is_random = SVI_ESTIMATORS[name]
+
+    def losses(**options):
+        optim = Optim(optax.sgd(1e-3), estimator, **options)
+        svi = SVI(conjugate, AutoNormal(conjugate), optim, Trace_ELBO())
+        result = svi.run(jax.random.key(0), 10, Y, progress_bar=False)
+        return result.losses, result.state
+
+    first, state = losses()
+    np.testing.assert_array_equal(first, losses()[0])
+    other, _ = losses(rng_key=jax.random.key(1))
+    assert is_random == bool(jnp.any(first[1:] != other[1:]))
+    step, optim_state = state.optim_state
+    assert step == 10
+    assert jnp.any(jax.random.key_data(optim_state.rng_key) != jax.random.key_data(jax.random.key(0)))
+
+
+def test_what_remembers_belongs_in_the_transformation():
+    """A stateless transformation may stand on either side."""
+    results = [
+        SVI(conjugate, AutoNormal(conjugate), optim, Trace_ELBO()).run(
+            jax.random.key(0), 50, Y, progress_bar=False
+        )
+        for optim in (
+            Optim(optax.sgd(1e-2), through(optax.clip(0.5), forward())),
+            Optim(optax.chain(optax.clip(0.5), optax.sgd(1e-2)), forward()),
+        )
+    ]
+    np.testing.assert_array_equal(results[0].losses, results[1].losses)
+
+
+def test_mutable_state_passes():
+    class Counting(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    module = Counting(nnx.Rngs(0))
+
+    def model(x):
+        norm = nnx_module("norm", module)
+        numpyro.sample("y", dist.Normal(norm(x[:, None])[:, 0], 1).to_event(1), obs=x)
+
+    svi = SVI(model, lambda x: None, Optim(optax.sgd(1e-3), forward()), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 300, ROWS + 3, progress_bar=False)
+    means = [leaf for leaf in jax.tree.leaves(result.state.mutable_state) if leaf.shape == (1,)]
+    assert any(abs(leaf[0] - 3) < 0.2 for leaf in means)
+
+
+def test_a_loss_that_is_no_number_moves_only_the_key():
+    def model(y):
+        scale = numpyro.param("scale", -1.0)  # a bug of the user's: its logarithm is NaN
+        numpyro.factor("f", jnp.log(scale) + y.sum())
+
+    optim = Optim(optax.adam(0.1), forward())
+    svi = SVI(model, lambda y: None, optim, Trace_ELBO())
+    before = svi.init(jax.random.key(0), Y)
+    after, loss = jax.jit(svi.stable_update)(before, Y)
+    assert jnp.isnan(loss)
+    np.testing.assert_array_equal(svi.get_params(after)["scale"], -1.0)
+    assert after.optim_state[1].rng_key != before.optim_state[1].rng_key
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(num_particles=3), RenyiELBO(num_particles=3)])
+def test_a_model_that_reverse_mode_refuses_is_fitted(elbo):
+    def model(y):
+        mean = numpyro.sample("mean", dist.Normal(0, 2))
+        # Halved until it is small: the number of turns is known at run time only.
+        small = jax.lax.while_loop(lambda m: jnp.abs(m) > 1e-3, lambda m: m / 2, mean)
+        turns = stop(jnp.where(small == 0, 1.0, mean / jnp.where(small == 0, 1.0, small)))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(small * turns, 1), obs=y)
+
+    stop = jax.lax.stop_gradient
+    svi = SVI(model, AutoNormal(model), Optim(optax.adam(0.02), forward(2)), elbo)
+    params = svi.run(jax.random.key(0), 2_000, Y, progress_bar=False).params
+    assert abs(params["mean_auto_loc"] - MOMENTS["mean"][0]) < 0.25
+
+
 def no_sites(y):
     numpyro.sample("y", dist.Normal(0, 1).expand([len(y)]).to_event(1), obs=y)
 
@@ -256,3 +534,11 @@ def no_sites(y):
 def test_bad_input(act, words):
     with pytest.raises(ValueError, match=words):
         act()
+
+
+def test_bad_input_of_optim():
+    with pytest.raises(TypeError, match=r"optax\.adam\(1e-2\), not Adam"):
+        Optim(numpyro.optim.Adam(0.1), reverse())
+    svi = SVI(conjugate, AutoNormal(conjugate), Optim(optax.sgd(0.1), reverse()), Trace_ELBO())
+    with pytest.raises(ValueError, match="leave forward_mode_differentiation out"):
+        svi.run(jax.random.key(0), 2, Y, progress_bar=False, forward_mode_differentiation=True)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "types": set(),
     "estimators": {"types"},
+    "ops": {"types"},
     "samplers": {"types"},
     "diagnostics": {"types"},
     "numpyro": {"types", "samplers"},
@@ -22,6 +23,12 @@ ALLOWED = {
 HOSTS = {
     "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm"},
     "estimators": {"jax", "optax"},
+    "ops": {"jax"},
+    "diagnostics": {
+        *("jax", "numpy", "scipy", "optax", "tqdm"),
+        *("arviz", "xarray", "matplotlib", "numpyro"),
+    },
+    "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
     "models": {"jax", "numpyro", "flax"},
 }

@@ -15,6 +15,7 @@ from wrong_kernels import RIGHT, WRONG
 
 import probbp
 from probbp.estimators import averaged, forward, reverse, through
+from probbp.ops import substitute
 from probbp.samplers.curvature import gauss_newton
 
 NUM_CHAINS, NUM_STEPS = 20_000, 8
@@ -134,6 +135,87 @@ def test_the_invariance_test_rejects_a_mala_without_its_correction(monkeypatch):
     target = TARGETS["mix"]
     algorithm = mala(target.logdensity_fn, 0.3)
     assert largest_z_of(jax.random.key(0), algorithm, target, NUM_CHAINS, NUM_STEPS) > FAIL
+
+
+def with_a_random_derivative(logdensity_fn):
+    """Return a log density of the same value whose derivative is scaled at random, by its key."""
+
+    def keyed_logdensity_fn(x, rng_key=None):
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        factor = 3 * jax.random.normal(rng_key, x.shape, x.dtype)
+        return logdensity_fn(substitute(x, factor * x))
+
+    return keyed_logdensity_fn
+
+
+@every_algorithm
+def test_the_target_is_invariant_under_random_derivatives(name):
+    if "wrong" in name:
+        pytest.skip("a field that ignores its function has no derivative to be random")
+    key = jax.random.fold_in(jax.random.key(3), list(ALGORITHMS).index(name))
+    for target in map(TARGETS.get, ("f2", "mix")):
+        algorithm = build(name, with_a_random_derivative(target.logdensity_fn))
+        assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS, target.name
+
+
+@every_algorithm
+def test_random_derivatives_follow_the_sampler_s_key(name):
+    """And not a fixed one: another key of the step is another move, the same key the same."""
+    if "wrong" in name:
+        pytest.skip("a field that ignores its function has no derivative to be random")
+    start = jnp.array([0.4, -0.7])
+    logdensity_fn = TARGETS["f2"].logdensity_fn
+    seen = []
+
+    def spied(x, rng_key=None):
+        if rng_key is not None:
+            jax.debug.callback(lambda k: seen.append(k.tolist()), jax.random.key_data(rng_key))
+        return logdensity_fn(x)
+
+    algorithm = build(name, spied)
+    state = algorithm.init(start, jax.random.key(0))
+    jax.effects_barrier()
+    seen.clear()
+    for seed in (1, 1, 2, 3):
+        algorithm.step(jax.random.key(seed), state)
+    jax.effects_barrier()
+    assert len(seen) == 4 * len(seen[: len(seen) // 4])
+    assert len(set(map(tuple, seen))) in (3, 6)
+
+
+def test_the_invariance_test_rejects_a_far_end_that_forgets_its_key(monkeypatch):
+    """The bug planted in our own kernel: of the two ends of a move one has a key of its own."""
+    from probbp.samplers import mala as module
+
+    right = module.white_value_and_grad
+
+    def broken(*args):
+        value_and_grad, keys = right(*args), []
+
+        def forgetful(rng_key, position):
+            keys.append(rng_key)
+            is_far = len(keys) == 2
+            return value_and_grad(jax.random.key(5) if is_far else rng_key, position)
+
+        return forgetful
+
+    target = TARGETS["mix"]
+    algorithm = mala(with_a_random_derivative(target.logdensity_fn), 0.3, key_policy="shared")
+    assert largest_z_of(jax.random.key(0), algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS
+    monkeypatch.setattr(module, "white_value_and_grad", broken)
+    assert largest_z_of(jax.random.key(0), algorithm, target, NUM_CHAINS, NUM_STEPS) > FAIL
+
+
+@every_algorithm
+def test_a_value_that_depends_on_the_key_is_refused(name):
+    def dropout(x, rng_key=None):
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        return -jnp.sum(jnp.where(jax.random.bernoulli(rng_key, 0.5, x.shape), x, 0.0) ** 2)
+
+    with pytest.raises(ValueError, match="depends on its random key"):
+        build(name, dropout).init(jnp.ones(20), jax.random.key(0))
+    held = partial(dropout, rng_key=jax.random.key(1))
+    build(name, held).init(jnp.ones(20), jax.random.key(0))
 
 
 @pytest.mark.parametrize("scale", ["diag", "dense", "low_rank"])

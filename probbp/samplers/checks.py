@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, keyed
 
 
 def check_position(position: Tree) -> None:
@@ -29,7 +29,7 @@ def check_position(position: Tree) -> None:
 
 def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
     """Require a real scalar."""
-    out = jax.eval_shape(logdensity_fn, position)
+    out = jax.eval_shape(keyed(logdensity_fn, jax.random.key(0)), position)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(
             f"logdensity_fn must return one scalar, not {type(out).__name__}; "
@@ -49,6 +49,21 @@ def check_start(logdensity: jax.Array) -> None:
             f"The log density at the start is {logdensity}: a chain can't leave such a point. "
             "Start inside the support (for a NumPyro model: initialize_model, or Kernel's "
             "init_strategy), and look for overflow there."
+        )
+
+
+def check_key(logdensity_fn: LogDensity, position: Tree) -> None:
+    """Require a value that does not depend on the log density's key, unless it is being traced."""
+    one, other = (keyed(logdensity_fn, jax.random.key(seed)) for seed in (0, 1))
+    if one is logdensity_fn:
+        return
+    values = one(position), other(position)
+    if not isinstance(values[0], Tracer) and not np.allclose(*values, rtol=1e-5, atol=1e-5):
+        raise ValueError(
+            f"The log density depends on its random key ({values[0]} and {values[1]} for two keys),"
+            " so that no chain can keep it. A key may enter derivatives alone, as in probbp.ops. "
+            "What is random in the value must be a latent site, or have its key held fast "
+            "(functools.partial)."
         )
 
 

@@ -29,7 +29,7 @@ from probbp.samplers.mala import (
     langevin_step,
 )
 from probbp.samplers.whitening import whitening
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, keyed
 
 
 def init(
@@ -53,8 +53,10 @@ def init(
     rng_key = key_of(position) if rng_key is None else rng_key
     white = whitening(inverse_mass_matrix, position)
     tangent = generate_unit_vector(rng_key, position)
-    logdensity, slope = jax.jvp(logdensity_fn, (position,), (white.unwhiten(tangent),))
+    fun = keyed(logdensity_fn, op_key(rng_key))
+    logdensity, slope = jax.jvp(fun, (position,), (white.unwhiten(tangent),))
     checks.check_start(logdensity)
+    checks.check_key(logdensity_fn, position)
     return MALAState(position, logdensity, white.push(optax.tree.scale(slope, tangent)))
 
 
@@ -85,9 +87,9 @@ def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
     ) -> tuple[MALAState, MALAInfo]:
         check_policy(key_policy, curvature)
         white = whitening(inverse_mass_matrix, state.position)
-        derivatives = curvature(logdensity_fn)
 
         def local_fn(key, position):
+            derivatives = curvature(keyed(logdensity_fn, op_key(key)))
             tangent = generate_unit_vector(key, position)
             direction = jax.tree.map(lambda leaf: leaf[None], white.unwhiten(tangent))
             logdensity, slope, second = derivatives(position, direction)
@@ -98,6 +100,11 @@ def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
         return langevin_step(rng_key, state, local_fn, step_size, white, key_policy, drift_scale)
 
     return kernel
+
+
+def op_key(rng_key: jax.Array) -> jax.Array:
+    """Return the key of random operations in the log density: bound to the tangent's, not equal."""
+    return jax.random.fold_in(rng_key, 0)
 
 
 def check_policy(key_policy: str, curvature: Curvature) -> None:

@@ -19,10 +19,10 @@ from jax.flatten_util import ravel_pytree
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import FLOOR, Curvature, hessian, magnitude, no_curvature
-from probbp.samplers.fmala import init, top_level_api
+from probbp.samplers.fmala import init, op_key, top_level_api
 from probbp.samplers.mala import MALAInfo, accept_or_reject
 from probbp.samplers.whitening import whitening
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, keyed
 
 
 def build_kernel(curvature: Curvature) -> Callable:
@@ -53,7 +53,8 @@ def build_kernel(curvature: Curvature) -> Callable:
         white = whitening(inverse_mass_matrix, state.position)
         tangents = orthonormal_tangents(key_plane, state.position, num_tangents)
         directions = jax.vmap(white.unwhiten)(tangents)
-        derivatives = curvature(logdensity_fn)
+        # One key for the whole move: both ends must see the same field.
+        derivatives = curvature(keyed(logdensity_fn, op_key(key_plane)))
 
         def local_fn(position):
             logdensity, slope, second = derivatives(position, directions)

@@ -21,7 +21,7 @@ from blackjax.util import generate_gaussian_noise
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.whitening import Whitening, whitening
-from probbp.types import Estimator, LogDensity, Tree
+from probbp.types import Estimator, LogDensity, Tree, keyed
 
 KeyPolicy = Literal["carried", "refreshed", "shared"]
 KEY_POLICIES = get_args(KeyPolicy)
@@ -71,6 +71,7 @@ def init(
     rng_key = key_of(position) if rng_key is None else rng_key
     logdensity, drift = white_value_and_grad(estimator, logdensity_fn, white)(rng_key, position)
     checks.check_start(logdensity)
+    checks.check_key(logdensity_fn, position)
     return MALAState(position, logdensity, white.push(drift))
 
 
@@ -254,8 +255,9 @@ def white_value_and_grad(
     """Return the keyed value and gradient of the log density with respect to white coordinates."""
 
     def value_and_grad(rng_key, position):
-        def fun(displacement):
-            return logdensity_fn(optax.tree.add(position, white.unwhiten(displacement)))
+        def fun(displacement, rng_key=rng_key):
+            moved = optax.tree.add(position, white.unwhiten(displacement))
+            return keyed(logdensity_fn, rng_key)(moved)
 
         origin = optax.tree.zeros_like(position)
         if estimator is None:

@@ -1,0 +1,660 @@
+"""What an estimator of the gradient is worth at a point: bias, variance, direction and cost."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+import xarray
+
+from probbp.types import Estimator, Tree, ValueAndGrad
+
+_LEVEL = 1e-3  # of all tests of one result together
+_NUMBERS_AT_ONCE = 2**18  # entries of the gradients of one batch, by default
+
+
+class LeafQuality(NamedTuple):
+    """How the estimates of one leaf of the gradient, or of all together, compare with the exact g.
+
+    Everything but `size` and `norm` is an estimate from the keys. In a leaf whose exact gradient is
+    zero up to rounding, what is relative to it is 0 or infinite; `slope` and `cosine` are NaN.
+
+    Attributes:
+        size: number of entries.
+        norm: |g|, exact.
+        bias: |mean - g| / |g|. Noise alone makes it about `bias_error`, never zero.
+        bias_error: root mean square of `bias` if there were none: sqrt(relative_variance / keys).
+        slope: mean of <estimate, g> / |g|^2, the estimate's share of the gradient along the
+            gradient: 1 without bias, 0.9 where a tenth is lost.
+        slope_error: its standard error.
+        z: largest |z| over the entries of mean - g.
+        p_value: of the hypothesis that there is no bias, from `z` and `slope`, by Bonferroni.
+        relative_variance: E|estimate - E estimate|^2 / |g|^2.
+        relative_variance_error: its standard error.
+        cosine: mean of the cosine between estimate and g; an estimate of zero counts as 0.
+        snr: signal to noise, |E estimate|^2 / E|estimate - E estimate|^2; what noise adds to
+            the squared length of the mean is taken off.
+    """
+
+    size: int
+    norm: float
+    bias: float
+    bias_error: float
+    slope: float
+    slope_error: float
+    z: float
+    p_value: float
+    relative_variance: float
+    relative_variance_error: float
+    cosine: float
+    snr: float
+
+
+class GradientQuality(NamedTuple):
+    """The answer of `gradient_quality`; prints as a table.
+
+    Attributes:
+        overall: of all leaves together, as one vector.
+        leaves: by name, the path of the leaf joined by dots; "x" if there is only one array.
+        num_keys: how many estimates were made.
+        reference: how the exact gradient was made, "reverse mode" or "forward mode".
+        flops: of one estimate, value included, as XLA counts them; NaN where it does not say.
+        memory: temporary buffers of one estimate [bytes]; NaN where XLA does not say.
+        reference_flops: of the exact value and gradient.
+        reference_memory: of the exact value and gradient [bytes].
+    """
+
+    overall: LeafQuality
+    leaves: dict[str, LeafQuality]
+    num_keys: int
+    reference: str
+    flops: float
+    memory: float
+    reference_flops: float
+    reference_memory: float
+
+    @property
+    def flops_ratio(self) -> float:
+        """Operations of one estimate over those of the exact gradient."""
+        return self.flops / self.reference_flops if self.reference_flops else np.nan
+
+    @property
+    def memory_ratio(self) -> float:
+        """Temporary memory of one estimate over that of the exact gradient."""
+        return self.memory / self.reference_memory if self.reference_memory else np.nan
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Names of the rows with a bias beyond chance: one in a thousand results errs.
+
+        The level is shared among the leaves and "overall", which sees a bias spread over many.
+        """
+        rows = self._rows()
+        return tuple(name for name, row in rows.items() if row.p_value < _LEVEL / len(rows))
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the table along a coordinate `leaf`, "overall" last; the costs are attributes."""
+        rows = self._rows()
+        data = {
+            field: ("leaf", np.array([getattr(row, field) for row in rows.values()]))
+            for field in LeafQuality._fields
+        }
+        names = ("num_keys", "reference", "flops", "memory", "reference_flops", "reference_memory")
+        attributes = {name: getattr(self, name) for name in names}
+        return xarray.Dataset(data, coords={"leaf": list(rows)}, attrs=attributes)
+
+    def __repr__(self) -> str:
+        """Return the table."""
+        rows = self._rows()
+        biased = self.biased
+        width = max(len("overall"), *(len(name) for name in rows)) + 1
+        lines = [
+            f"{self.num_keys} estimates beside the exact gradient ({self.reference})",
+            f"{'':{width}s}{'size':>8s}{'|g|':>10s}{'bias':>10s}{'by noise':>10s}{'max|z|':>8s}"
+            f"{'slope':>17s}{'rel. variance':>19s}{'cosine':>8s}{'snr':>9s}",
+        ]
+        for name, row in rows.items():
+            mark = "*" if name in biased else " "
+            lines.append(
+                f"{name:{width - 1}s}{mark}{row.size:8d}{row.norm:10.3g}{row.bias:10.2g}"
+                f"{row.bias_error:10.2g}{_at_most(row.z, 999):>8s}"
+                f"{_with_error(row.slope, row.slope_error):>17s}"
+                f"{_with_error(row.relative_variance, row.relative_variance_error):>19s}"
+                f"{row.cosine:8.3f}{row.snr:9.2g}"
+            )
+        lines.append(
+            f"* biased beyond chance: {', '.join(biased)}" if biased else "no bias beyond chance"
+        )
+        lines.append(
+            f"cost, over that of the exact gradient: flops {self.flops_ratio:.3g}, "
+            f"temporary memory {self.memory_ratio:.3g}"
+        )
+        return "\n".join(lines)
+
+    def _rows(self) -> dict[str, LeafQuality]:
+        return {**self.leaves, "overall": self.overall}
+
+
+def gradient_quality(
+    rng_key: jax.Array,
+    estimator: Estimator,
+    fun: Callable,
+    params: Tree,
+    *,
+    num_keys: int = 1000,
+    batch_size: int | None = None,
+    has_aux: bool = False,
+    reference: Callable | None = None,
+) -> GradientQuality:
+    """Compare an estimator of the gradient with the exact gradient at a point.
+
+    The exact gradient comes from reverse mode, and where that is impossible (a loop of dynamic
+    length) from forward mode, `jax.jacfwd`, whose memory grows with the number of parameters. Bias,
+    variance and direction are estimates from independent keys, with standard errors; a key costs
+    one call of the estimator. No more than a batch of gradients is held at once, beside a mean and
+    a variance of every entry.
+
+    An estimator that is deterministic has variance and standard errors of exactly zero; deviations
+    below eps^(2/3) of the gradient's largest entry count as rounding. A bias that is small beside
+    its standard error cannot be seen: `bias_error` and `slope_error` say how large it could be.
+
+    Operations and memory are what XLA reports of the compiled call. It counts the body of a loop
+    once, however often it runs, so that `batch_size` of an estimator seems to save operations, and
+    it does not count what LAPACK does for it.
+
+    Args:
+        rng_key: from which all keys are split.
+        estimator: `estimator(fun)(rng_key, params)` returns value and gradient.
+        fun: params to a scalar, or to `(scalar, aux)` with `has_aux`. One with an argument
+            `rng_key` is compared with its derivative at the argument's default.
+        params: any tree of floating-point arrays.
+        num_keys: how many estimates are made.
+        batch_size: how many of them at once; by default as many as have 2^18 entries together.
+        has_aux: whether `fun` has auxiliary output.
+        reference: the function whose derivative is the exact gradient, `fun` by default. Where
+            `fun` contains an operation with another backward pass, give the same function with the
+            original operation.
+
+    Returns:
+        A `GradientQuality`: print it, look at `overall`, `leaves["name"]` and `biased`.
+
+    Raises:
+        ValueError: if there are fewer than two keys or no parameters, or if the gradient is not
+            finite, or zero, or an estimate is not finite, or not shaped as the parameters.
+        TypeError: if a leaf is not floating point, or the function's value not a scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from probbp.estimators import forward
+        >>> from probbp.diagnostics.gradients import gradient_quality
+        >>> fun = lambda p: jnp.sum(jnp.sin(p["a"])) + p["b"] ** 2
+        >>> params = {"a": jnp.arange(3.0), "b": jnp.array(1.0)}
+        >>> quality = gradient_quality(jax.random.key(0), forward(), fun, params)
+        >>> quality.biased
+        ()
+        >>> error = quality.overall.relative_variance - (4 + 1) / 1  # (d + 1) / k
+        >>> bool(abs(error) < 4 * quality.overall.relative_variance_error)
+        True
+    """
+    if num_keys < 2:
+        raise ValueError(f"gradient_quality needs at least two keys, got num_keys={num_keys}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"A batch has at least one key, got batch_size={batch_size}.")
+    params = jax.tree.map(jnp.asarray, params)
+    names = _names(params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+
+    value_and_grad = estimator(fun, has_aux=True) if has_aux else estimator(fun)
+    mode, compiled = _exact(reference or fun, has_aux, params)
+    value, exact = compiled(params)
+    _require_gradient(exact, names)
+    _require_shapes(value_and_grad, rng_key, params)
+    estimate_cost = _cost(jax.jit(value_and_grad).lower(rng_key, params).compile())
+
+    # All sums are of numbers around one: each leaf is measured in units of its largest entry.
+    exact = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(exact)]
+    largest = max(np.abs(leaf).max(initial=0) for leaf in exact)
+    # Rounding in the precision of the leaf, or of the value where that is coarser.
+    value_eps = jnp.finfo(jax.tree.leaves(value)[0].dtype).eps
+    rounding = [
+        np.full(leaf.size, float(max(jnp.finfo(leaf.dtype).eps, value_eps)) ** (2 / 3) * largest)
+        for leaf in jax.tree.leaves(params)
+    ]
+    units = [np.abs(leaf).max(initial=0) for leaf in exact]
+    units = [
+        float(unit if np.all(unit > floor) else largest)
+        for unit, floor in zip(units, rounding, strict=True)
+    ]
+    scaled = [leaf / unit for leaf, unit in zip(exact, units, strict=True)]
+
+    batch_size = min(num_keys, batch_size or max(1, _NUMBERS_AT_ONCE // sum(sizes)))
+    num_batches = -(-num_keys // batch_size)
+    # The last batch is filled up with keys of the first ones, which do not count.
+    index = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
+    keys = jax.random.split(rng_key, num_keys)[index % num_keys]
+    means, squares, along = _stream(
+        value_and_grad, params, scaled, units, keys, jnp.asarray(index < num_keys)
+    )
+    along = np.asarray(along, np.float64).reshape(-1, len(names), 3)[:num_keys]
+    num_bad = int(np.sum(~np.isfinite(along).all((1, 2))))
+    if num_bad:
+        bad = np.array(names)[~np.isfinite(along).all((0, 2))]
+        raise ValueError(
+            f"{num_bad} of {num_keys} estimates are not finite, in {', '.join(map(repr, bad))}, "
+            "though the exact gradient is: lower the estimator's step or scale, or move params."
+        )
+
+    deviations = [
+        unit * (np.asarray(mean, np.float64) - leaf)
+        for mean, leaf, unit in zip(means, scaled, units, strict=True)
+    ]
+    variances = [
+        unit**2 * np.asarray(square, np.float64) / (num_keys - 1)
+        for square, unit in zip(squares, units, strict=True)
+    ]
+    along = along * np.square(units)[:, None]
+    rows = [
+        _summary(*leaf)
+        for leaf in zip(exact, deviations, variances, along.swapaxes(0, 1), rounding, strict=True)
+    ]
+    overall = _summary(
+        np.concatenate(exact),
+        np.concatenate(deviations),
+        np.concatenate(variances),
+        along.sum(axis=1),
+        np.concatenate(rounding),
+    )
+    return GradientQuality(
+        overall,
+        dict(zip(names, rows, strict=True)),
+        num_keys,
+        mode,
+        *estimate_cost,
+        *_cost(compiled),
+    )
+
+
+def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQuality], ax=None) -> Any:
+    """Draw one result leaf by leaf, or several estimators by error and cost.
+
+    For one result: the cosine of each leaf as a bar, with its relative variance and signal to noise
+    beside it. For several: the mean squared error relative to the gradient's squared length, which
+    for unbiased estimators is the relative variance, against the operations of an estimate. An
+    average over n keys moves along the grey lines, n times the operations and an n-th of the
+    variance: of two unbiased estimators, the one on the lower line is worth more. Biased ones are
+    hollow. Errors below the axis, those of exact estimators, are drawn on it as triangles.
+
+    Args:
+        quality: a result of `gradient_quality`, or results by the name of the estimator.
+        ax: Matplotlib axes to draw on; new ones by default.
+
+    Returns:
+        The Matplotlib axes.
+
+    Raises:
+        ImportError: if Matplotlib is missing.
+        ValueError: if there is no result to draw.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from probbp.estimators import forward
+        >>> from probbp.diagnostics.gradients import gradient_quality, plot_gradient_quality
+        >>> quality = {
+        ...     f"forward, k={k}": gradient_quality(
+        ...         jax.random.key(k), forward(k), lambda x: jnp.sum(x**3), jnp.arange(8.0))
+        ...     for k in (1, 4)}
+        >>> plot_gradient_quality(quality).get_yscale()
+        'log'
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "plot_gradient_quality draws with Matplotlib: pip install 'probbp[examples]'."
+        ) from error
+    is_one = isinstance(quality, GradientQuality)
+    if not is_one and not quality:
+        raise ValueError("There is no result to draw: give at least one of gradient_quality.")
+    if ax is None:
+        height = 1.3 + 0.34 * len(quality._rows()) if isinstance(quality, GradientQuality) else 4.5
+        _, ax = plt.subplots(figsize=(6.8, height), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    if isinstance(quality, GradientQuality):
+        _draw_leaves(quality, ax)
+    else:
+        _draw_estimators(quality, ax)
+    return ax
+
+
+_BLUE, _RED, _INK, _GREY = "#2f6c9e", "#c1443c", "#30343a", "#c9ced4"
+
+
+def _draw_leaves(quality: GradientQuality, ax: Any) -> None:
+    rows = quality._rows()
+    names = list(rows)
+    colors = [_RED if name in quality.biased else _BLUE for name in names]
+    cosines = [rows[name].cosine for name in names]
+    bars = ax.barh(names, np.nan_to_num(cosines), color=colors, height=0.62, zorder=2)
+    for bar in bars[:-1]:
+        bar.set_alpha(0.75)
+    ax.axvline(0, color=_INK, lw=0.8)
+    for x in (-1.0, -0.5, 0.5, 1.0):
+        ax.axvline(x, color=_GREY, lw=0.6, zorder=0)
+    columns = [("variance\n/ |g|²", "signal\n/ noise", "slope\non g")]
+    columns += [
+        (f"{row.relative_variance:.2g}", f"{row.snr:.2g}", f"{row.slope:.2f}")
+        for row in rows.values()
+    ]
+    for y, cells in enumerate(columns, start=-1):
+        for cell, shift in zip(cells, (52, 104, 156), strict=True):
+            ax.annotate(
+                *(cell, (1, max(y, -0.7))),
+                xycoords=ax.get_yaxis_transform(),
+                xytext=(shift, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center" if y >= 0 else "bottom",
+                color=colors[y] if y >= 0 else _INK,
+                fontsize=9,
+            )
+    for label, color in zip(ax.get_yticklabels(), colors, strict=True):
+        label.set_color(_INK if color == _BLUE else color)
+    ax.set_xlim(min(0, *cosines) - 0.02 if min(cosines) < 0 else 0, 1.0)
+    ax.set_ylim(len(names) - 0.5, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("mean cosine with the exact gradient")
+    verdict = f"biased: {', '.join(quality.biased)}" if quality.biased else "no bias beyond chance"
+    ax.set_title(f"{verdict}  ({quality.num_keys} keys)", loc="left", fontsize=10, pad=24)
+
+
+def _draw_estimators(quality: Mapping[str, GradientQuality], ax: Any) -> None:
+    costs = np.array([q.flops_ratio for q in quality.values()])
+    is_known = bool(np.all(np.isfinite(costs)))
+    if not is_known:
+        costs = np.ones(len(costs))
+    overall = [q.overall for q in quality.values()]
+    noise = np.array([row.relative_variance for row in overall])
+    bias = np.array([max(row.bias**2 - row.bias_error**2, 0) for row in overall])
+    errors = noise + bias
+    bars = np.array([row.relative_variance_error for row in overall])
+
+    is_seen = errors > 1e-6
+    low = errors[is_seen].min() / 8 if is_seen.any() else 0.1
+    high = errors[is_seen].max() * 4 if is_seen.any() else 1.0
+    left, right = costs.min() / 1.7, costs.max() * 2.6
+    if is_known:
+        for level in 10.0 ** np.arange(np.floor(np.log10(low * left)), np.log10(high * right) + 1):
+            ax.plot([left, right], [level / left, level / right], color=_GREY, lw=0.7, zorder=0)
+    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+    labels = [
+        name + (" (biased)" if result.biased else "") + ("" if is_seen[i] else " (exact)")
+        for i, (name, result) in enumerate(quality.items())
+    ]
+    offsets = _label_offsets(ax, costs, np.where(is_seen, errors, low), labels)
+    offsets[:, 1] += np.where(is_seen, 0, 8)
+    for i, result in enumerate(quality.values()):
+        is_biased = bool(result.biased)
+        color = _RED if is_biased else _BLUE
+        y = errors[i] if is_seen[i] else low
+        if is_seen[i]:
+            ax.errorbar(costs[i], y, yerr=2 * bars[i], color=color, lw=1.2, capsize=0, zorder=2)
+        ax.plot(
+            *(costs[i], y, "o" if is_seen[i] else "v"),
+            color=color,
+            mfc="white" if is_biased else color,
+            ms=7,
+            mew=1.6,
+            clip_on=False,
+            zorder=3,
+        )
+        ax.annotate(
+            *(labels[i], (costs[i], y)),
+            xytext=tuple(offsets[i]),
+            textcoords="offset points",
+            ha="right" if offsets[i, 0] < 0 else "left",
+            va="center",
+            fontsize=9,
+            color=_INK if not is_biased else color,
+        )
+    modes = " or ".join(sorted({q.reference for q in quality.values()}))
+    ax.set_xlabel(f"operations of an estimate, over those of {modes}" if is_known else "")
+    if not is_known:
+        ax.set_xticks([])
+    ax.set_ylabel("mean squared error / |gradient|²")
+
+
+def _label_offsets(ax: Any, x: np.ndarray, y: np.ndarray, labels: list[str]) -> np.ndarray:
+    """Place labels beside their marks, (labels, 2) in points: on the left if the right is taken."""
+    at = ax.transData.transform(np.column_stack([x, y])) * 72 / ax.figure.dpi
+    widths = np.array([5.5 * len(label) + 12 for label in labels])
+    right = at[:, 0] - at[:, :1]
+    is_level = np.abs(at[:, 1] - at[:, 1:]) < 12
+    is_taken = is_level & (right > 3) & (right < widths[:, None])
+    is_left = is_taken.any(axis=1)
+    offsets = np.column_stack([np.where(is_left, -8, 8), np.zeros(len(at))])
+    placed = []  # from top to bottom, each label clear of those before it
+    for i in np.argsort(-at[:, 1], kind="stable"):
+        start = at[i, 0] - widths[i] * is_left[i]
+        height = at[i, 1]
+        for other, other_start, other_height in placed:
+            is_beside = start > other_start + widths[other] or other_start > start + widths[i]
+            if not is_beside and other_height - height < 12:
+                height = other_height - 12
+        placed.append((i, start, height))
+        offsets[i, 1] = height - at[i, 1]
+    return offsets
+
+
+def _stream(
+    value_and_grad: ValueAndGrad,
+    params: Tree,
+    exact: list[np.ndarray],
+    units: list[float],
+    keys: jax.Array,
+    counts: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+    """Take means and sums of squares over keys, a batch at a time.
+
+    Args:
+        value_and_grad: of the estimator.
+        params: where.
+        exact: the leaves of the exact gradient, flat, in their units.
+        units: one of each leaf.
+        keys: (batches, batch).
+        counts: (batches, batch), false for a key that fills up the last batch.
+
+    Returns:
+        For every leaf the mean, and the sum of squares about it, both (size,); and for every
+        estimate and leaf, (batches, batch, leaves, 3): the squared distance from the running mean,
+        <estimate - exact, exact>, and the squared length.
+    """
+    dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in jax.tree.leaves(params)]
+
+    def add_batch(state, batch):
+        num_before, means, squares = state
+        batch_keys, is_counted = batch
+        num_new = jnp.sum(is_counted)
+        num = num_before + num_new
+        _, grads = jax.vmap(value_and_grad, in_axes=(0, None))(batch_keys, params)
+        new_means, new_squares, along = [], [], []
+        for i, grad in enumerate(jax.tree.leaves(grads)):
+            grad = grad.reshape(len(batch_keys), -1).astype(dtypes[i]) / units[i]
+            # Chan et al.'s update. Offsets from the batch's first estimate make it exact, and its
+            # squares zero, where all estimates are equal.
+            offset = jnp.where(is_counted[:, None], grad - grad[0], 0)
+            mean_offset = jnp.sum(offset, 0) / num_new
+            spread = jnp.where(is_counted[:, None], (offset - mean_offset) ** 2, 0)
+            step = grad[0] + mean_offset - means[i]
+            mean = means[i] + step * (num_new / num).astype(dtypes[i])
+            weight = (num_before * (num_new / num)).astype(dtypes[i])
+            new_means.append(mean)
+            new_squares.append(squares[i] + jnp.sum(spread, 0) + weight * step**2)
+            truth = jnp.asarray(exact[i], dtypes[i])
+            parts = ((grad - mean) ** 2, (grad - truth) * truth, grad**2)
+            along.append(jnp.stack([jnp.sum(part, axis=1) for part in parts], axis=-1))
+        along = jnp.stack([part.astype(jnp.result_type(*dtypes)) for part in along], axis=1)
+        return (num, new_means, new_squares), along
+
+    @jax.jit
+    def run(keys, counts):
+        zeros = [jnp.zeros(leaf.size, dtype) for leaf, dtype in zip(exact, dtypes, strict=True)]
+        return jax.lax.scan(add_batch, (jnp.sum(counts[0]) * 0, zeros, zeros), (keys, counts))
+
+    (_, means, squares), along = run(keys, counts)
+    return means, squares, along
+
+
+def _summary(
+    exact: np.ndarray,
+    deviation: np.ndarray,
+    variance: np.ndarray,
+    along: np.ndarray,
+    rounding: np.ndarray,
+) -> LeafQuality:
+    """Put what was accumulated into words.
+
+    Args:
+        exact: (size,) the gradient.
+        deviation: (size,) of the mean estimate.
+        variance: (size,) of the estimates.
+        along: (keys, 3), as from `_stream`.
+        rounding: (size,) below which a deviation says nothing.
+    """
+    num_keys = len(along)
+    distances, products, lengths = along.T
+    norm = np.sqrt(np.sum(exact**2))
+    total = np.sum(variance)
+    floor = np.sqrt(np.sum(rounding**2))
+    is_zero = norm <= floor
+
+    # The largest entry, and the projection on the gradient, share the level.
+    entry_z = np.abs(deviation) / np.hypot(np.sqrt(variance / num_keys), rounding)
+    z = np.max(entry_z, initial=0)
+    p_value = exact.size * 2 * scipy.stats.t.sf(z, num_keys - 1)
+    slope = slope_error = cosine = np.nan
+    if not is_zero:
+        slope = 1 + _mean(products) / norm**2
+        slope_error = _error(products) / norm**2
+        noise = np.hypot(slope_error, floor / norm)
+        slope_p_value = 2 * scipy.stats.t.sf(abs(slope - 1) / noise, num_keys - 1)
+        p_value = 2 * min(p_value, slope_p_value)
+        lengths = np.sqrt(np.where(lengths > 0, lengths, 1))
+        cosines = np.where(along[:, 2] > 0, (norm**2 + products) / (norm * lengths), 0)
+        cosine = _mean(np.clip(cosines, -1, 1))
+
+    def relative(length):
+        if is_zero:
+            return np.inf if length > floor else 0.0
+        return float(length / norm)
+
+    signal = np.sum((exact + deviation) ** 2) - total / num_keys
+    signal = signal if signal > floor**2 else 0.0
+    return LeafQuality(
+        size=exact.size,
+        norm=float(norm),
+        bias=relative(np.sqrt(np.sum(deviation**2))),
+        bias_error=relative(np.sqrt(total / num_keys)),
+        slope=float(slope),
+        slope_error=float(slope_error),
+        z=float(z),
+        p_value=float(min(p_value, 1)),
+        relative_variance=relative(np.sqrt(total)) ** 2,
+        relative_variance_error=relative(np.sqrt(_error(distances))) ** 2,
+        cosine=float(cosine),
+        snr=float(signal / total) if total > 0 else (np.inf if signal > 0 else 0.0),
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean, exactly where all values are equal."""
+    return float(values[0] + np.mean(values - values[0]))
+
+
+def _error(values: np.ndarray) -> float:
+    """Return the standard error of the mean, exactly zero where all values are equal."""
+    return float(np.std(values - values[0], ddof=1) / np.sqrt(len(values)))
+
+
+def _at_most(value: float, limit: float) -> str:
+    return f"{value:.1f}" if value <= limit else f">{limit}"
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3g} ± {error:.1g}"
+
+
+def _exact(fun: Callable, has_aux: bool, params: Tree) -> tuple[str, Any]:
+    """Compile the exact value and gradient, by forward mode where reverse mode is impossible."""
+
+    def by_forward_mode(params):
+        def twice(params):
+            output = fun(params)
+            return (output[0] if has_aux else output), output
+
+        grad, output = jax.jacfwd(twice, has_aux=True)(params)
+        return output, grad
+
+    by_reverse_mode = jax.value_and_grad(fun, has_aux=has_aux)
+    try:
+        return "reverse mode", jax.jit(by_reverse_mode).lower(params).compile()
+    except (ValueError, NotImplementedError) as error:
+        try:
+            return "forward mode", jax.jit(by_forward_mode).lower(params).compile()
+        except Exception:
+            raise error from None
+
+
+def _cost(compiled: Any) -> tuple[float, float]:
+    """Return operations and temporary memory [bytes], NaN where XLA does not say."""
+    flops = (compiled.cost_analysis() or {}).get("flops", np.nan)
+    memory = getattr(compiled.memory_analysis(), "temp_size_in_bytes", np.nan)
+    return float(flops), float(memory)
+
+
+def _names(params: Tree) -> list[str]:
+    """Name the leaves by their paths, and see that they are floating point."""
+    names = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path) or "x"
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Gradients are compared on floating-point leaves, but {name!r} has dtype "
+                f"{leaf.dtype}: cast it, or close over it."
+            )
+        names.append(name)
+    if not sum(leaf.size for leaf in jax.tree.leaves(params)):
+        raise ValueError("params has no entries: give a tree with at least one array.")
+    return names
+
+
+def _require_gradient(exact: Tree, names: list[str]) -> None:
+    leaves = jax.tree.leaves(exact)
+    bad = [
+        repr(name)
+        for name, leaf in zip(names, leaves, strict=True)
+        if not bool(jnp.all(jnp.isfinite(leaf)))
+    ]
+    if bad:
+        raise ValueError(
+            f"The exact gradient is not finite in {', '.join(bad)}: choose params inside the "
+            "support of the function, or mend its derivative there."
+        )
+    if not any(bool(jnp.any(leaf != 0)) for leaf in leaves):
+        raise ValueError(
+            "The exact gradient is zero at params, and nothing can be relative to it: move away "
+            "from the stationary point."
+        )
+
+
+def _require_shapes(value_and_grad: ValueAndGrad, rng_key: jax.Array, params: Tree) -> None:
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
+
+    _, grad = jax.eval_shape(value_and_grad, rng_key, params)
+    if shapes(grad) != shapes(params):
+        raise ValueError(
+            f"The estimator's gradient has shapes {shapes(grad)}, but params have "
+            f"{shapes(params)}: return a gradient like the parameters."
+        )
