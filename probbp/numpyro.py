@@ -220,13 +220,13 @@ class Kernel(MCMCKernel):
                 raise ValueError("A Kernel built from a potential_fn needs MCMC.run(init_params=).")
             return init_params
         one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
-        watch = _KeyWatch()
-        with watch:
+        keys = _ModelKeys(one_key)
+        with keys:
             _check_sites(self._model, one_key, model_args, model_kwargs)
-        self._draws_keys = watch.has_seen_one
+        self._draws_keys = keys.was_asked
         info = initialize_model(
             rng_key,
-            self._model,
+            _taking_a_key(self._model),
             init_strategy=self._init_strategy,
             dynamic_args=True,
             model_args=model_args,
@@ -246,18 +246,16 @@ class Kernel(MCMCKernel):
         return self._algorithm(logdensity_fn, **parameters(adapt_state))
 
     def _logdensity_fn(self, model_args, model_kwargs) -> LogDensity:
-        potential_fn = self._potential_fn
-        if self._potential_fn_gen is not None:
-            potential_fn = self._potential_fn_gen(*model_args, **model_kwargs)
+        def potential_fn(**key):
+            if self._potential_fn_gen is None:
+                return self._potential_fn
+            return self._potential_fn_gen(*model_args, **model_kwargs, **key)
 
         def logdensity_fn(z):
-            return -potential_fn(z)
+            return -potential_fn()(z)
 
         def keyed_logdensity_fn(z, rng_key=None):
-            rng_key = jax.random.key(0) if rng_key is None else rng_key
-            # Only keys are handed out: a site or a subsample drawn here would enter the value.
-            with seed(rng_seed=rng_key, hide_types=["sample", "plate"]):
-                return -potential_fn(z)
+            return -potential_fn(key_of_model=rng_key)(z)
 
         return keyed_logdensity_fn if self._draws_keys else logdensity_fn
 
@@ -415,14 +413,39 @@ class Optim(_NumPyroOptim):
         return value, grads, (step, optim_state._replace(rng_key=next_key))
 
 
-class _KeyWatch(Messenger):
-    """Notices `numpyro.prng_key()`, or a loop that may hide it."""
+class _ModelKeys(Messenger):
+    """Hands out what `numpyro.prng_key()` returns, and notes whether anything asked for it.
 
-    has_seen_one = False
+    Keys alone: unlike `numpyro.handlers.seed` it draws no site and no subsample, which would enter
+    the value of the log density.
+    """
+
+    def __init__(self, rng_key: jax.Array):
+        super().__init__()
+        self.rng_key = rng_key
+        self.was_asked = False
 
     def process_message(self, msg):
+        # A loop (`numpyro.contrib.control_flow.scan`) hides what its body asks for.
         if msg["type"] in ("prng_key", "control_flow"):
-            self.has_seen_one = True
+            self.was_asked = True
+            self.rng_key, rng_key = jax.random.split(self.rng_key)
+            if msg["type"] == "prng_key":
+                msg["value"] = rng_key
+            else:
+                msg["kwargs"]["rng_key"] = rng_key
+
+
+def _taking_a_key(model: Callable) -> Callable:
+    """Return the model with one more argument, the key of its `numpyro.prng_key()`."""
+
+    def keyed_model(*args, key_of_model=None, **kwargs):
+        if key_of_model is None:  # NumPyro then hands out a fixed one, and none in its `scan`
+            return model(*args, **kwargs)
+        with _ModelKeys(key_of_model):
+            return model(*args, **kwargs)
+
+    return keyed_model
 
 
 def _check_sites(model, rng_key, model_args, model_kwargs) -> None:

@@ -93,8 +93,8 @@ def test_scores_against_sklearn():
     full = brier_score_loss(labels, columns, scale_by_half=False)
     assert np.isclose(brier_score(columns, labels), full, 1e-12)
     assert np.isclose(brier_score(columns, labels), 2 * brier_score(probs, labels), 1e-12)
-    both = [negative_log_likelihood(p, labels) for p in (columns, probs)]
-    assert np.isclose(*both, 1e-12)
+    likelihood = negative_log_likelihood(columns, labels)
+    assert np.isclose(likelihood, negative_log_likelihood(probs, labels), 1e-12)
 
 
 def test_an_impossible_label_costs_infinitely_much():
@@ -211,7 +211,7 @@ def test_bad_input(name):
 
 def test_bad_options():
     with pytest.raises(ValueError, match="width"):
-        expected_calibration_error(GOOD, np.array([0, 1]), bins="wide")
+        expected_calibration_error(GOOD, np.array([0, 1]), bins="wide")  # pyright: ignore
     with pytest.raises(ValueError, match="positive"):
         expected_calibration_error(GOOD, np.array([0, 1]), num_bins=0)
 

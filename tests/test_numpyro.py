@@ -247,7 +247,9 @@ def test_pickle():
 
 def random_backward(x, rng_key):
     """Return x, with a derivative scaled at random; without a key, the true one."""
-    return x if rng_key is None else substitute(x, 2 * jax.random.normal(rng_key) * x)
+    if rng_key is None:
+        return x
+    return substitute(x, jax.random.uniform(rng_key, minval=-0.5, maxval=2.0) * x)
 
 
 def with_random_backward(y):
@@ -278,7 +280,9 @@ def test_a_random_backward_pass_keeps_the_chain_exact(model, key_policy):
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "mala"])
 def test_a_random_backward_pass_keeps_forward_samplers_exact(name):
-    mcmc = mcmc_of(Kernel(with_random_backward, KERNELS[name]), num_samples=6_000)
+    # At its usual rate, the best in many dimensions, fmala's carried slopes make it stick in two.
+    kernel = Kernel(with_random_backward, KERNELS[name], target_accept_prob=0.6)
+    mcmc = mcmc_of(kernel, num_samples=6_000)
     mcmc.run(jax.random.key(0), Y)
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
@@ -287,9 +291,8 @@ def estimates(kernel, num_samples=200):
     """Return positions and what the chain took for the gradient there."""
     mcmc = mcmc_of(kernel, num_warmup=0, num_samples=num_samples, num_chains=1)
     state = "algorithm_state.logdensity_grad"
-    mcmc.run(jax.random.key(0), Y, extra_fields=("z", state))
-    extra = mcmc.get_extra_fields()
-    return extra["z"]["mean"], extra[state]["mean"]
+    mcmc.run(jax.random.key(0), Y, extra_fields=(state,))
+    return mcmc.get_samples()["mean"], mcmc.get_extra_fields()[state]["mean"]
 
 
 def test_the_model_s_key_is_the_estimate_s():
@@ -315,7 +318,7 @@ def with_a_wrong_derivative(y):
     """The conjugate model, differentiated as something else: a fixed field, and a wrong one."""
     mean = numpyro.sample("mean", dist.Normal(0, 2))
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
-    seen = substitute(mean, 0.5 * mean + 0.2 * jnp.sin(3 * mean) + 0.3 * scale)
+    seen = substitute(mean, 0.8 * mean + 0.1 * jnp.sin(3 * mean) + 0.1 * scale)
     with numpyro.plate("rows", len(y)):
         numpyro.sample("y", dist.Normal(seen, 1), obs=y)
 
@@ -329,8 +332,7 @@ def test_numpyro_s_samplers_are_exact_with_a_wrong_derivative(kernel, forward_mo
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
 
-def test_a_random_backward_pass_is_the_true_one_where_no_key_is_drawn():
-    """NumPyro's own samplers hand a model no key."""
+def test_numpyro_s_samplers_hand_a_fixed_key_to_a_random_backward_pass():
     mcmc = mcmc_of(NUTS(with_random_backward), num_samples=3_000)
     mcmc.run(jax.random.key(0), Y)
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
@@ -443,7 +445,9 @@ def test_the_key_can_be_set_and_moves_on(name):
     assert is_random == bool(jnp.any(first[1:] != other[1:]))
     step, optim_state = state.optim_state
     assert step == 10
-    assert jnp.any(jax.random.key_data(optim_state.rng_key) != jax.random.key_data(jax.random.key(0)))
+    assert jnp.any(
+        jax.random.key_data(optim_state.rng_key) != jax.random.key_data(jax.random.key(0))
+    )
 
 
 def test_what_remembers_belongs_in_the_transformation():
@@ -461,22 +465,23 @@ def test_what_remembers_belongs_in_the_transformation():
 
 
 def test_mutable_state_passes():
-    class Counting(nnx.Module):
-        def __init__(self, rngs):
-            self.norm = nnx.BatchNorm(1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.norm(x)
-
-    module = Counting(nnx.Rngs(0))
+    """A batch norm keeps its running mean, and the losses are those of plain Optax."""
+    module = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    x = (ROWS + 3).astype("float32")
 
     def model(x):
         norm = nnx_module("norm", module)
         numpyro.sample("y", dist.Normal(norm(x[:, None])[:, 0], 1).to_event(1), obs=x)
 
-    svi = SVI(model, lambda x: None, Optim(optax.sgd(1e-3), forward()), Trace_ELBO())
-    result = svi.run(jax.random.key(0), 300, ROWS + 3, progress_bar=False)
-    means = [leaf for leaf in jax.tree.leaves(result.state.mutable_state) if leaf.shape == (1,)]
+    def run(optim):
+        svi = SVI(model, lambda x: None, optim, Trace_ELBO())
+        return svi.run(jax.random.key(0), 300, x, progress_bar=False)
+
+    plain, ours = run(optax.sgd(1e-3)), run(Optim(optax.sgd(1e-3), reverse()))
+    np.testing.assert_array_equal(plain.losses, ours.losses)
+    jax.tree.map(np.testing.assert_array_equal, plain.state.mutable_state, ours.state.mutable_state)
+    state = run(Optim(optax.sgd(1e-3), forward())).state.mutable_state
+    means = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (1,)]
     assert any(abs(leaf[0] - 3) < 0.2 for leaf in means)
 
 
@@ -505,7 +510,8 @@ def test_a_model_that_reverse_mode_refuses_is_fitted(elbo):
             numpyro.sample("y", dist.Normal(small * turns, 1), obs=y)
 
     stop = jax.lax.stop_gradient
-    svi = SVI(model, AutoNormal(model), Optim(optax.adam(0.02), forward(2)), elbo)
+    guide = AutoNormal(model, forward_mode_differentiation=True)  # how it looks for a start
+    svi = SVI(model, guide, Optim(optax.adam(0.02), forward(2)), elbo)
     params = svi.run(jax.random.key(0), 2_000, Y, progress_bar=False).params
     assert abs(params["mean_auto_loc"] - MOMENTS["mean"][0]) < 0.25
 

@@ -45,7 +45,9 @@ OPS = {
         partial(feedback, b=jnp.ones((3, 2))),
         lambda x: jnp.tanh(x) @ W.astype(x.dtype),
         lambda x: x @ jnp.ones((3, 2), x.dtype),
-        limit=lambda x: substitute(jnp.tanh(x) @ W.astype(x.dtype), jnp.tanh(x) @ W.astype(x.dtype)),
+        limit=lambda x: substitute(
+            jnp.tanh(x) @ W.astype(x.dtype), jnp.tanh(x) @ W.astype(x.dtype)
+        ),
     ),
     "gradient_reversal": Op(
         partial(gradient_reversal, strength=0.7),

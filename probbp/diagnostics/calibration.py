@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from scipy import stats
 
 Bins = Literal["width", "mass"]
 
 
 def expected_calibration_error(
-    probs: jax.Array,
-    labels: jax.Array,
+    probs: ArrayLike,
+    labels: ArrayLike,
     *,
     num_bins: int = 15,
     bins: Bins = "width",
@@ -87,7 +88,7 @@ def expected_calibration_error(
     return jnp.sum(jnp.where(count >= 2, count * square, 0)) / labels.size
 
 
-def brier_score(probs: jax.Array, labels: jax.Array) -> jax.Array:
+def brier_score(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     r"""Score probabilities by their squared distance to what happened.
 
     For (rows, classes) the mean over rows of :math:`\sum_k (p_k - 1[y = k])^2`, between 0 and 2;
@@ -122,7 +123,7 @@ def brier_score(probs: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum((probs - truth) ** 2, axis=1))
 
 
-def negative_log_likelihood(probs: jax.Array, labels: jax.Array) -> jax.Array:
+def negative_log_likelihood(probs: ArrayLike, labels: ArrayLike) -> jax.Array:
     r"""Score probabilities by the surprise at what happened: the mean of :math:`-\log p_y`.
 
     Nothing is clipped: a label that was called impossible costs infinitely much. (scikit-learn's
@@ -153,8 +154,8 @@ def negative_log_likelihood(probs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def reliability_diagram(
-    probs: jax.Array,
-    labels: jax.Array,
+    probs: ArrayLike,
+    labels: ArrayLike,
     *,
     num_bins: int = 15,
     bins: Bins = "width",
@@ -204,9 +205,7 @@ def reliability_diagram(
 
     # Beta quantiles; those of Beta(0, .) and Beta(., 0) are the ends of the interval.
     lower = np.where(hits > 0, stats.beta.ppf(0.025, np.maximum(hits, 1), count - hits + 1), 0)
-    upper = np.where(
-        hits < count, stats.beta.ppf(0.975, hits + 1, np.maximum(count - hits, 1)), 1
-    )
+    upper = np.where(hits < count, stats.beta.ppf(0.975, hits + 1, np.maximum(count - hits, 1)), 1)
     frequency = hits / count
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated")
     ax.errorbar(
@@ -269,7 +268,7 @@ def _binned(
     return count, hits, total
 
 
-def _checked(probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Return arrays of at least single precision, or say what is wrong with them."""
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     if probs.ndim > 2:

@@ -238,11 +238,12 @@ def gradient_quality(
         value_and_grad, params, scaled, units, keys, jnp.asarray(index < num_keys)
     )
     along = np.asarray(along, np.float64).reshape(-1, len(names), 3)[:num_keys]
-    num_bad = int(np.sum(~np.isfinite(along).all((1, 2))))
+    is_finite = np.isfinite(along[..., 2])
+    num_bad = int(np.sum(~is_finite.all(axis=1)))
     if num_bad:
-        bad = np.array(names)[~np.isfinite(along).all((0, 2))]
+        bad = [repr(name) for name, ok in zip(names, is_finite.all(axis=0), strict=True) if not ok]
         raise ValueError(
-            f"{num_bad} of {num_keys} estimates are not finite, in {', '.join(map(repr, bad))}, "
+            f"{num_bad} of {num_keys} estimates are not finite, in {', '.join(bad)}, "
             "though the exact gradient is: lower the estimator's step or scale, or move params."
         )
 
@@ -279,12 +280,12 @@ def gradient_quality(
 def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQuality], ax=None) -> Any:
     """Draw one result leaf by leaf, or several estimators by error and cost.
 
-    For one result: the cosine of each leaf as a bar, with its relative variance and signal to noise
-    beside it. For several: the mean squared error relative to the gradient's squared length, which
-    for unbiased estimators is the relative variance, against the operations of an estimate. An
-    average over n keys moves along the grey lines, n times the operations and an n-th of the
-    variance: of two unbiased estimators, the one on the lower line is worth more. Biased ones are
-    hollow. Errors below the axis, those of exact estimators, are drawn on it as triangles.
+    For one result: the cosine of each leaf as a bar, with relative variance, signal to noise and
+    slope beside it; in red where it is biased. For several: the mean squared error relative to the
+    gradient's squared length, which for unbiased estimators is the relative variance, against the
+    operations of an estimate. An average over n keys moves along the grey lines, n times the
+    operations and an n-th of the variance: of two unbiased estimators, the one on the lower line is
+    worth more. Biased ones are hollow. Exact estimators are triangles on the axis.
 
     Args:
         quality: a result of `gradient_quality`, or results by the name of the estimator.
@@ -365,8 +366,9 @@ def _draw_leaves(quality: GradientQuality, ax: Any) -> None:
     ax.set_ylim(len(names) - 0.5, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("mean cosine with the exact gradient")
-    verdict = f"biased: {', '.join(quality.biased)}" if quality.biased else "no bias beyond chance"
-    ax.set_title(f"{verdict}  ({quality.num_keys} keys)", loc="left", fontsize=10, pad=24)
+    verdict = "red: biased" if quality.biased else "no bias"
+    title = f"{verdict} beyond chance, {quality.num_keys} keys"
+    ax.set_title(title, loc="left", fontsize=10, color=_INK, pad=10)
 
 
 def _draw_estimators(quality: Mapping[str, GradientQuality], ax: Any) -> None:
@@ -432,7 +434,8 @@ def _label_offsets(ax: Any, x: np.ndarray, y: np.ndarray, labels: list[str]) -> 
     right = at[:, 0] - at[:, :1]
     is_level = np.abs(at[:, 1] - at[:, 1:]) < 12
     is_taken = is_level & (right > 3) & (right < widths[:, None])
-    is_left = is_taken.any(axis=1)
+    has_room = at[:, 0] - widths > ax.transAxes.transform((0, 0))[0] * 72 / ax.figure.dpi
+    is_left = is_taken.any(axis=1) & has_room
     offsets = np.column_stack([np.where(is_left, -8, 8), np.zeros(len(at))])
     placed = []  # from top to bottom, each label clear of those before it
     for i in np.argsort(-at[:, 1], kind="stable"):

@@ -81,8 +81,8 @@ def simulation_based_calibration(
     It can't see everything. It judges on average over the prior, so that errors may cancel between
     data sets, or hide where the prior rarely goes; simulator and inference that share a wrong model
     agree; and an inference that ignores the data and draws from the prior has uniform ranks in
-    every parameter. Quantities of parameters *and* data, above all the log likelihood, do see the
-    last: pass them.
+    every parameter. So can one that forgets the prior have, in a location. Quantities see what
+    parameters hide, the first the log likelihood, the second the log prior: pass both.
 
     Args:
         rng_key: key of all simulations. The same key gives the same ranks, whatever `batch_size`.
@@ -127,18 +127,18 @@ def simulation_based_calibration(
         if count < 1 or count != int(count):
             raise ValueError(f"{name} must be a positive integer, got {count}.")
 
+    further = quantities or (lambda params, data: {})
+
     def simulation(rng_key):
         key_simulate, key_infer, key_ties = jax.random.split(rng_key, 3)
         params, data = simulate(key_simulate)
         draws = infer(key_infer, data)
         num_draws = _check_draws(params, draws)
-        truth, sample = _named(params), _named(draws)
-        if quantities is not None:
-            extra = quantities(params, data)
-            if taken := truth.keys() & extra.keys():
-                raise ValueError(f"quantities gives {sorted(taken)} anew: choose other names.")
-            truth |= extra
-            sample |= jax.vmap(lambda draw: quantities(draw, data))(draws)
+        truth, extra = _named(params), further(params, data)
+        if taken := truth.keys() & extra.keys():
+            raise ValueError(f"quantities gives {sorted(taken)} anew: choose other names.")
+        truth |= extra
+        sample = _named(draws) | jax.vmap(lambda draw: further(draw, data))(draws)
         keys = jax.random.split(key_ties, len(truth))
         ranks = {n: _rank(k, truth[n], sample[n]) for k, n in zip(keys, truth, strict=True)}
         lost = {n: jnp.any(jnp.isnan(sample[n])) | jnp.any(jnp.isnan(truth[n])) for n in truth}
@@ -295,7 +295,7 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     Args:
         result: of `simulation_based_calibration`.
         num_bins: bars per panel, at most num_draws + 1; by default one for ten simulations, between
-            5 and 20.
+            5 and 20, or a few less if that makes all equally wide.
 
     Returns:
         The Matplotlib figure.
@@ -314,7 +314,9 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     num_simulations = len(next(iter(result.ranks.values())))
     num_ranks = result.num_draws + 1
     if num_bins is None:
-        num_bins = min(num_ranks, max(5, min(20, num_simulations // 10)))
+        most = min(num_ranks, max(5, min(20, num_simulations // 10)))
+        even = [n for n in range(-(-most // 2), most + 1) if num_ranks % n == 0]
+        num_bins = max(even, default=most)
     if not 1 <= num_bins <= num_ranks:
         raise ValueError(
             f"num_bins must lie between 1 and num_draws + 1 = {num_ranks}, got {num_bins}."
@@ -331,9 +333,7 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     share = np.diff(edges) / num_ranks
     expected = num_simulations * share
     tail = 0.05 / num_bins / 2
-    lower, upper = (
-        stats.binom.ppf(q, num_simulations, share) / expected for q in (tail, 1 - tail)
-    )
+    lower, upper = (stats.binom.ppf(q, num_simulations, share) / expected for q in (tail, 1 - tail))
     p_values, _ = uniformity(result)
     flat = np.concatenate([np.ravel(p) for p in p_values.values()])
     scalars = list(_scalars(result.ranks))
@@ -342,7 +342,7 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(0.6 + 2.3 * columns, 0.5 + 1.9 * rows),
+        figsize=(1.2 + 2.2 * columns, 0.8 + 1.8 * rows),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -353,9 +353,9 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     for ax, (name, ranks), p_value in zip(axes.flat, scalars, flat, strict=False):
         heights = np.histogram(ranks, edges)[0] / expected
         color = "C3" if p_value < 0.01 else "C0"
-        ax.stairs(lower, edges, baseline=upper, fill=True, color="0.88")
-        ax.stairs(heights, edges, fill=True, color=color, alpha=0.55)
+        ax.stairs(heights, edges, fill=True, color=color, alpha=0.4)
         ax.stairs(heights, edges, color=color, linewidth=0.8)
+        ax.stairs(lower, edges, baseline=upper, fill=True, color="0.4", alpha=0.18)
         ax.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
         ax.set_title(f"{name}   p = {p_value:.2g}", fontsize="medium")
         ax.set_xlim(0, num_ranks)
