@@ -1,7 +1,7 @@
 """Estimators of a gradient: `jax.value_and_grad`, given a key first.
 
 Every estimator returns the exact value of the function and an estimate of its gradient. They
-compose (`averaged`, `through`), and feed whatever takes an `estimator`.
+compose (`averaged`, `control_variate`, `through`), and feed whatever takes an `estimator`.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,8 @@ def forward(
         num_tangents: k, the directional derivatives per estimate.
         tangents: the law of the tangents.
         batch_size: how many directional derivatives are taken at once; all by default. Memory
-            grows with it; the primal computation is repeated for every batch.
+            grows with it (orthogonal tangents are all held together); the primal computation is
+            repeated for every batch.
 
     Returns:
         An estimator. A gradient costs about two to three evaluations of the function per tangent.
@@ -91,7 +92,6 @@ def forward(
         def value_and_grad(rng_key, params):
             _require_floating(params)
             num_params = optax.tree.size(params)
-            directions = _tangents(rng_key, params, num_tangents, tangents)
             weight = (1.0 if tangents == "gaussian" else num_params) / num_tangents
             # The tangents must not depend on what the function draws.
             one_fun = keyed(fun, jax.random.fold_in(rng_key, 0))
@@ -100,17 +100,30 @@ def forward(
                 value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
                 return ((value, *aux) if has_aux else value), slope
 
-            if batch_size is None or batch_size >= num_tangents:
+            def batch_fn(seeds):
+                directions = draw(seeds)
                 value, slopes = jax.vmap(pushforward, out_axes=(None, 0))(directions)
-            else:
-                values, slopes = jax.lax.map(pushforward, directions, batch_size=batch_size)
-                value = jax.tree.map(lambda leaf: leaf[0], values)
-            grad = jax.tree.map(
-                lambda v: jnp.tensordot((weight * slopes).astype(v.dtype), v, axes=1), directions
-            )
-            return value, grad
+                return value, jax.tree.map(
+                    lambda v: jnp.tensordot((weight * slopes).astype(v.dtype), v, axes=1),
+                    directions,
+                )
+
+            # What a batch needs to draw its tangents: keys, but for orthogonal ones the tangents.
+            seeds, draw = jax.random.split(rng_key, num_tangents), jax.vmap(draw_one(params))
+            if tangents == "orthogonal":
+                seeds, draw = _orthonormalised(draw(seeds)), lambda frame: frame
+            return _summed(batch_fn, seeds, batch_size)
 
         return value_and_grad
+
+    def draw_one(params):
+        def tangent(key):
+            gaussian = optax.tree.random_like(key, params)
+            if tangents != "unit":
+                return gaussian
+            return optax.tree.scale(1 / optax.tree.norm(gaussian), gaussian)
+
+        return tangent
 
     return estimator
 
@@ -138,16 +151,59 @@ def averaged(estimator: Estimator, num: int, *, batch_size: int | None = None) -
         value_and_grad = estimator(fun, has_aux)
 
         def mean_value_and_grad(rng_key, params):
-            keys = jax.random.split(rng_key, num)
-            values, grads = jax.lax.map(
-                lambda key: value_and_grad(key, params), keys, batch_size=batch_size or num
-            )
-            value = jax.tree.map(lambda leaf: leaf[0], values)
-            return value, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
+            def batch_fn(keys):
+                values, grads = jax.vmap(value_and_grad, in_axes=(0, None))(keys, params)
+                value = jax.tree.map(lambda leaf: leaf[0], values)
+                return value, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / num, grads)
+
+            return _summed(batch_fn, jax.random.split(rng_key, num), batch_size)
 
         return mean_value_and_grad
 
     return averaged_estimator
+
+
+def control_variate(estimator: Estimator, approximate_grad: Callable[[Tree], Tree]) -> Estimator:
+    r"""Estimate only what an approximation of the gradient leaves: less variance, no bias.
+
+    With :math:`c = \tilde\nabla f(x)`, the estimator is applied to
+    :math:`x' \mapsto f(x') - c \cdot x'`, and c is added to what it finds. For an estimator that is
+    linear in the function, as `forward` and `averaged(forward(...))` are, the expectation stays
+    what it was for any c, and the variance is that of a gradient of length
+    :math:`|\nabla f - c|`: none for the exact gradient.
+
+    Args:
+        estimator: an estimator linear in the function; `through` a clipping is not.
+        approximate_grad: parameters to a tree like them: the gradient of a prior, of a Gaussian
+            approximation, of a cheaper model. It must not depend on the key.
+
+    Returns:
+        An estimator, at the cost of one more call of `approximate_grad`. In `probbp.mala` it needs
+        the position's own coordinates, that is no inverse mass matrix (`metric=None`).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> fun = lambda x: jnp.sum(x**2 + 0.1 * jnp.sin(x))
+        >>> estimator = control_variate(forward(), lambda x: 2 * x)
+        >>> value, grad = estimator(fun)(jax.random.key(0), jnp.ones(3))
+    """
+
+    def controlled_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
+        def controlled_value_and_grad(rng_key, params):
+            approximation = approximate_grad(params)
+
+            def rest(params, rng_key=rng_key):
+                out = keyed(fun, rng_key)(params)
+                value = out[0] if has_aux else out
+                return value - optax.tree.vdot(approximation, params), out
+
+            (_, out), grad = estimator(rest, has_aux=True)(rng_key, params)
+            grad = jax.tree.map(lambda g, c: g + c.astype(g.dtype), grad, approximation)
+            return out, grad
+
+        return controlled_value_and_grad
+
+    return controlled_estimator
 
 
 def through(transformation: optax.GradientTransformation, estimator: Estimator) -> Estimator:
@@ -155,6 +211,8 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
 
     The transformation's state is not kept, so that the result is still a function of key and
     parameters alone, as a sampler needs: `optax.clip_by_global_norm`, `optax.scale`, `optax.sign`.
+    In SVI a transformation may remember; it then belongs before the optimiser, which keeps its
+    state: `probbp.numpyro.Optim(optax.chain(transformation, optax.adam(1e-2)), estimator)`.
 
     Args:
         transformation: what each estimate passes through.
@@ -181,22 +239,34 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
     return transformed_estimator
 
 
-def _tangents(rng_key: jax.Array, params: Tree, num: int, law: str) -> Tree:
-    """Draw `num` tangents, stacked along a new first axis of every leaf."""
-    gaussian = jax.vmap(lambda key: optax.tree.random_like(key, params))(
-        jax.random.split(rng_key, num)
+def _summed(batch_fn: Callable, items: Tree, batch_size: int | None) -> tuple:
+    """Sum the gradients of batches of items, holding those of one batch at a time."""
+    num = jax.tree.leaves(items)[0].shape[0]
+    batch_size = min(batch_size or num, num)
+    num_first = num - batch_size * ((num - 1) // batch_size)
+    value, grad = batch_fn(jax.tree.map(lambda leaf: leaf[:num_first], items))
+    if num_first == num:
+        return value, grad
+    batches = jax.tree.map(
+        lambda leaf: leaf[num_first:].reshape(-1, batch_size, *leaf.shape[1:]), items
     )
-    if law == "gaussian":
-        return gaussian
-    if law == "unit":
-        return jax.vmap(lambda v: optax.tree.scale(1 / optax.tree.norm(v), v))(gaussian)
-    if num > optax.tree.size(params):
+    grad, _ = jax.lax.scan(
+        lambda grad, batch: (optax.tree.add(grad, batch_fn(batch)[1]), None), grad, batches
+    )
+    return value, grad
+
+
+def _orthonormalised(tangents: Tree) -> Tree:
+    """Turn k Gaussian tangents, stacked along a first axis of every leaf, into a random frame."""
+    num = jax.tree.leaves(tangents)[0].shape[0]
+    one = jax.tree.map(lambda leaf: leaf[0], tangents)
+    if num > optax.tree.size(one):
         raise ValueError(
-            f"{num} orthogonal tangents do not fit into {optax.tree.size(params)} parameters: "
+            f"{num} orthogonal tangents do not fit into {optax.tree.size(one)} parameters: "
             "lower num_tangents, or use tangents='gaussian'."
         )
-    _, unravel = ravel_pytree(params)
-    flat = jax.vmap(lambda tangent: ravel_pytree(tangent)[0])(gaussian)
+    _, unravel = ravel_pytree(one)
+    flat = jax.vmap(lambda tangent: ravel_pytree(tangent)[0])(tangents)
     return jax.vmap(unravel)(jnp.linalg.qr(flat.T)[0].T)
 
 

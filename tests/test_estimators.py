@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from probbp.estimators import averaged, forward, reverse, through
+from probbp.estimators import averaged, control_variate, forward, reverse, through
 from probbp.ops import substitute
 
 D = 12  # parameters of `fun`, in two leaves of different shape
@@ -20,6 +20,9 @@ ESTIMATORS = {
     "averaged": averaged(forward(num_tangents=2), 3),
     "averaged in batches": averaged(forward(tangents="unit"), 4, batch_size=2),
     "scaled": through(optax.scale(1.0), forward(num_tangents=4)),
+    "controlled": control_variate(
+        forward(num_tangents=4), lambda p: jax.tree.map(lambda leaf: 0.3 * leaf + 0.1, p)
+    ),
 }
 UNBIASED = list(ESTIMATORS)
 
@@ -102,6 +105,27 @@ def test_the_variance_is_as_documented(tangents, relative_variance, k):
     deviation = deviation / optax.tree.norm(exact, squared=True)
     error = deviation.std() / np.sqrt(len(keys)) + 1e-12
     assert abs(deviation.mean() - relative_variance(k)) < 4.5 * error
+
+
+def test_a_control_variate_leaves_the_variance_of_the_rest():
+    """(d + 1) / k times the squared length of what the approximation misses."""
+    exact = jax.grad(fun)
+
+    def almost(p):
+        return jax.tree.map(lambda g: 0.9 * g, exact(p))
+
+    def variance(approximate_grad):
+        estimator = control_variate(forward(num_tangents=2), approximate_grad)
+        keys = jax.random.split(jax.random.key(5), 20_000)
+        _, grads = jax.jit(jax.vmap(estimator(fun), in_axes=(0, None)))(keys, params())
+        rest = jax.vmap(lambda g: optax.tree.sub(g, exact(params())))(grads)
+        squares = jax.vmap(lambda g: optax.tree.norm(g, squared=True))(rest)
+        squares = squares / optax.tree.norm(exact(params()), squared=True)
+        return squares.mean(), squares.std() / np.sqrt(len(keys))
+
+    assert variance(exact)[0] < 1e-20
+    mean, error = variance(almost)
+    assert abs(mean - 0.01 * (D + 1) / 2) < 4.5 * error
 
 
 def test_all_orthogonal_tangents_are_the_exact_gradient():

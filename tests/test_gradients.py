@@ -120,7 +120,7 @@ def test_against_a_plain_computation():
 @pytest.mark.parametrize(
     ("make", "leaves", "slope"),
     [
-        (lambda: through(optax.scale(0.9), forward(12)), (), 0.9),
+        (lambda: through(optax.scale(0.9), flipped), ("a", "b.0", "b.1"), 0.9),
         (lambda: through(optax.clip(0.5), flipped), ("a", "b.0", "b.1"), None),
         (lambda: without("b", flipped), ("b.0", "b.1"), None),
         (lambda: through(optax.scale(0.999), reverse()), ("a", "b.0", "b.1"), 0.999),
@@ -128,10 +128,8 @@ def test_against_a_plain_computation():
     ids=["scaled", "clipped", "zeroed", "scaled without noise"],
 )
 def test_a_planted_bias_is_flagged_and_its_leaf_named(make, leaves, slope):
-    quality = gradient_quality(jax.random.key(4), make(), fun, params(), num_keys=2000)
-    assert set(quality.biased) >= {*leaves, "overall"}
-    if leaves:
-        assert set(quality.biased) == {*leaves, "overall"}
+    quality = gradient_quality(jax.random.key(4), make(), fun, params(), num_keys=6000)
+    assert quality.biased == (*leaves, "overall")
     if slope:
         overall = quality.overall
         assert abs(overall.slope - slope) < 4.5 * overall.slope_error + 1e-9

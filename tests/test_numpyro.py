@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import pytest
 import optax
+import pytest
 from flax import nnx
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module

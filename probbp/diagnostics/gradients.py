@@ -241,7 +241,7 @@ def gradient_quality(
     is_finite = np.isfinite(along[..., 2])
     num_bad = int(np.sum(~is_finite.all(axis=1)))
     if num_bad:
-        bad = [repr(name) for name, ok in zip(names, is_finite.all(axis=0), strict=True) if not ok]
+        bad = [repr(name) for i, name in enumerate(names) if not np.all(is_finite[:, i])]
         raise ValueError(
             f"{num_bad} of {num_keys} estimates are not finite, in {', '.join(bad)}, "
             "though the exact gradient is: lower the estimator's step or scale, or move params."

@@ -20,7 +20,7 @@ from blackjax.util import generate_gaussian_noise
 
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
-from probbp.samplers.whitening import Whitening, whitening
+from probbp.samplers.whitening import IDENTITY, Whitening, whitening
 from probbp.types import Estimator, LogDensity, Tree, keyed
 
 KeyPolicy = Literal["carried", "refreshed", "shared"]
@@ -139,8 +139,8 @@ def as_top_level_api(
             h = epsilon^2 / 2).
         inverse_mass_matrix: `None` for the identity, or (d,), (d, d) or low rank, as in BlackJAX.
         estimator: an `Estimator`, e.g. `probbp.estimators.forward(num_tangents=4)`; reverse mode by
-            default. It acts in the coordinates of the inverse mass matrix, so that random tangents
-            follow the learnt scale.
+            default. Given an inverse mass matrix it acts in the coordinates of that, with the
+            position as origin, so that random tangents follow the learnt scale.
         key_policy: `"carried"` (one evaluation a step), `"refreshed"` or `"shared"` (two).
 
     Returns:
@@ -255,14 +255,17 @@ def white_value_and_grad(
     """Return the keyed value and gradient of the log density with respect to white coordinates."""
 
     def value_and_grad(rng_key, position):
-        def fun(displacement, rng_key=rng_key):
+        def displaced_fn(displacement, rng_key=rng_key):
             moved = optax.tree.add(position, white.unwhiten(displacement))
             return keyed(logdensity_fn, rng_key)(moved)
 
-        origin = optax.tree.zeros_like(position)
+        if white is IDENTITY:
+            fun, point = logdensity_fn, position
+        else:
+            fun, point = displaced_fn, optax.tree.zeros_like(position)
         if estimator is None:
-            return jax.value_and_grad(fun)(origin)
-        return estimator(fun)(rng_key, origin)
+            return jax.value_and_grad(keyed(fun, rng_key))(point)
+        return estimator(fun)(rng_key, point)
 
     return value_and_grad
 

@@ -29,6 +29,10 @@ class Whitening(NamedTuple):
     push: Callable[[Tree], Tree]
 
 
+IDENTITY = Whitening(*[lambda tree: tree] * 3)
+"""The position's own coordinates."""
+
+
 def whitening(inverse_mass_matrix: Any, position: Tree) -> Whitening:
     """Return the maps for an inverse mass matrix.
 
@@ -39,7 +43,7 @@ def whitening(inverse_mass_matrix: Any, position: Tree) -> Whitening:
         position: a pytree of the chain's structure.
     """
     if inverse_mass_matrix is None:
-        return Whitening(*[lambda tree: tree] * 3)
+        return IDENTITY
     scale = default_metric(inverse_mass_matrix).scale
 
     def scaled(tree: Tree, **factor) -> Tree:

@@ -9,13 +9,14 @@ leaves. z is the distance from theory in standard errors; a row in which the mea
 is off beyond chance says "biased".
 
 Then the cost: operations and temporary buffers, as XLA reports them of one compiled call, and time,
-all as ratios to reverse mode, on a deep network, its layers written out and in a loop: only the loop
-shows what forward mode saves, since XLA's CPU backend keeps activations of layers written out that
-nobody needs any more. XLA counts the body of a loop once, so that operations of layers in a loop, or
-of tangents taken one by one, are too few, and of reverse mode as well; time tells what they take.
-Calls run in turn, in a new order in each round, and a time ratio is the median over the rounds of the
-ratio to reverse mode in the same round; "fastest" compares the fastest rounds, for a machine with
-other work on it. Float32. About two minutes on two cores.
+all as ratios to reverse mode, on a deep network with its layers written out and in a loop. The loop
+shows what memory forward mode saves; of layers written out, XLA's CPU backend gives a directional
+derivative about as many buffers as a gradient. XLA counts the body of a loop once, so that
+operations of layers in a loop, or of tangents taken one by one, are too few, and those of the QR
+decomposition not at all: time tells what they take. Calls run in turn, in a new order in each
+round, and a time ratio is the median over the rounds of the ratio to reverse mode in the same
+round; "fastest" compares the fastest rounds, for a machine with other work on it. Float32. Two to
+three minutes on two cores.
 """
 
 import argparse
