@@ -12,6 +12,7 @@ import arviz
 import jax
 import numpy as np
 
+from probbp.diagnostics.names import leaf_names
 from probbp.types import Tree
 
 # A BlackJAX info's field, and the name under which ArviZ knows it.
@@ -95,8 +96,5 @@ def from_blackjax(
 
 def _named(positions: Tree) -> dict[str, np.ndarray]:
     """Name the leaves of a pytree by their paths."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(positions):
-        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-        named[name or "x"] = np.asarray(leaf)
-    return named
+    leaves = map(np.asarray, jax.tree.leaves(positions))
+    return dict(zip(leaf_names(positions), leaves, strict=True))

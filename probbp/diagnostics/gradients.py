@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 import xarray
 
+from probbp.diagnostics.names import leaf_names
 from probbp.types import Estimator, Tree, ValueAndGrad
 
 _LEVEL = 1e-3  # of all tests of one result together
@@ -618,15 +619,13 @@ def _cost(compiled: Any) -> tuple[float, float]:
 
 def _names(params: Tree) -> list[str]:
     """Name the leaves by their paths, and see that they are floating point."""
-    names = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path) or "x"
+    names = leaf_names(params)
+    for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"Gradients are compared on floating-point leaves, but {name!r} has dtype "
                 f"{leaf.dtype}: cast it, or close over it."
             )
-        names.append(name)
     if not sum(leaf.size for leaf in jax.tree.leaves(params)):
         raise ValueError("params has no entries: give a tree with at least one array.")
     return names
