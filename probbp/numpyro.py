@@ -372,11 +372,14 @@ class Optim(_NumPyroOptim):
         host = optax_to_numpyro(transformation)
 
         def init_fn(params):
-            return OptimState(*host.init_fn(params), rng_key)
+            params, optax_state = host.init_fn(params)
+            return OptimState(params, optax_state, rng_key)
 
         def update_fn(step, grads, state, value):
-            updated = host.update_fn(step, grads, (state.params, state.optax_state), value=value)
-            return OptimState(*updated, state.rng_key)
+            params, optax_state = host.update_fn(
+                step, grads, (state.params, state.optax_state), value=value
+            )
+            return OptimState(params, optax_state, state.rng_key)
 
         def make():
             return init_fn, update_fn, lambda state: state.params

@@ -332,6 +332,13 @@ def test_numpyro_s_samplers_are_exact_with_a_wrong_derivative(kernel, forward_mo
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
 
+def test_blackjax_s_nuts_is_exact_with_a_wrong_derivative():
+    kernel = Kernel(with_a_wrong_derivative, blackjax.nuts, target_accept_prob=0.8)
+    mcmc = mcmc_of(kernel, num_samples=3_000)
+    mcmc.run(jax.random.key(0), Y)
+    assert_moments(az.from_numpyro(mcmc), MOMENTS)
+
+
 def test_numpyro_s_samplers_hand_a_fixed_key_to_a_random_backward_pass():
     mcmc = mcmc_of(NUTS(with_random_backward), num_samples=3_000)
     mcmc.run(jax.random.key(0), Y)
