@@ -16,7 +16,7 @@ from wrong_kernels import RIGHT, WRONG
 import probbp
 from probbp.estimators import averaged, control_variate, forward, reverse, through
 from probbp.ops import substitute
-from probbp.samplers.curvature import gauss_newton
+from probbp.samplers.curvature import gauss_newton, principal_axes
 
 NUM_CHAINS, NUM_STEPS = 20_000, 8
 
@@ -266,6 +266,33 @@ def test_with_the_exact_gradient_it_is_blackjax_draw_for_draw():
         histories.append((states.position, infos.acceptance_rate))
     np.testing.assert_allclose(histories[0][0], histories[1][0], rtol=1e-9)
     np.testing.assert_allclose(histories[0][1], histories[1][1], rtol=1e-7)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_principal_axes(size):
+    """Those of LAPACK, for matrices at random, diagonal, degenerate, and far from one in scale."""
+    root = jax.random.normal(jax.random.key(size), (20, size, size))
+    matrices = jnp.concatenate(
+        [
+            root + root.mT,
+            1e-12 * (root @ root.mT),
+            1e12 * root[:1] @ root[:1].mT,
+            jnp.stack([jnp.eye(size), jnp.diag(jnp.arange(size) - 1.0), jnp.ones((size, size))]),
+            jnp.zeros((1, size, size)),
+        ]
+    )
+    eigenvalues, axes = jax.jit(jax.vmap(principal_axes))(matrices)
+    exact = np.linalg.eigvalsh(matrices)
+    scale = np.abs(exact).max(axis=1, keepdims=True) + 1e-300
+    np.testing.assert_allclose(np.sort(eigenvalues) / scale, exact / scale, atol=1e-12)
+    np.testing.assert_allclose(
+        axes.mT @ axes, jnp.broadcast_to(jnp.eye(size), axes.shape), atol=1e-13
+    )
+    np.testing.assert_allclose(
+        (matrices @ axes) / scale[..., None],
+        (axes * eigenvalues[:, None]) / scale[..., None],
+        atol=1e-7,
+    )
 
 
 def test_fmala_is_mala_on_one_forward_tangent():

@@ -115,6 +115,45 @@ def gauss_newton(
     return curvature
 
 
+def principal_axes(matrix: jax.Array, num_sweeps: int = 5) -> tuple[jax.Array, jax.Array]:
+    """Diagonalise a small symmetric matrix by Jacobi's rotations.
+
+    In JAX's own operations: LAPACK's batched calls wait for each other's threads on XLA's CPU
+    backend, and thousands of chains may lock up for good. The axes are orthonormal whatever the
+    number of sweeps, so that a sampler is exact with them.
+
+    Args:
+        matrix: (k, k), symmetric.
+        num_sweeps: rounds over all pairs of axes; one is exact for k = 2.
+
+    Returns:
+        The eigenvalues (k,), in no order, and the axes (k, k) as columns; NaN for NaN.
+    """
+    size = matrix.shape[0]
+    pairs = np.stack(np.triu_indices(size, 1), axis=1)
+    pairs = np.tile(pairs, (num_sweeps if size > 2 else 1, 1))
+
+    def rotate(carry, pair):
+        matrix, axes = carry
+        p, q = pair
+        # The smaller of the two angles that make the entry (p, q) zero: tan, then cos and sin.
+        twice = 2 * matrix[p, q]
+        difference = matrix[q, q] - matrix[p, p]
+        length = jnp.hypot(twice, difference)
+        denominator = jnp.abs(difference) + length
+        tan = jnp.where(difference < 0, -twice, twice) / jnp.where(denominator == 0, 1, denominator)
+        cos = 1 / jnp.sqrt(1 + tan**2)
+        sin = tan * cos
+        rotation = jnp.eye(size, dtype=matrix.dtype)
+        rotation = rotation.at[p, p].set(cos).at[q, q].set(cos)
+        rotation = rotation.at[p, q].set(sin).at[q, p].set(-sin)
+        return (rotation.T @ matrix @ rotation, axes @ rotation), None
+
+    carry = matrix, jnp.eye(size, dtype=matrix.dtype)
+    (matrix, axes), _ = jax.lax.scan(rotate, carry, pairs, unroll=min(len(pairs), 6))
+    return jnp.diag(matrix), axes
+
+
 def _over_tangents(fun: Callable, tangents: Tree) -> tuple:
     """Map over the tangents a function whose first output is the same for all of them.
 

@@ -18,7 +18,14 @@ from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
-from probbp.samplers.curvature import FLOOR, Curvature, hessian, magnitude, no_curvature
+from probbp.samplers.curvature import (
+    FLOOR,
+    Curvature,
+    hessian,
+    magnitude,
+    no_curvature,
+    principal_axes,
+)
 from probbp.samplers.fmala import init, op_key, top_level_api
 from probbp.samplers.mala import MALAInfo, accept_or_reject
 from probbp.samplers.whitening import whitening
@@ -62,10 +69,8 @@ def build_kernel(curvature: Curvature) -> Callable:
                 return PlanePoint(position, logdensity, slope, jnp.ones_like(slope), None)
             if num_tangents == 1:  # spares an eigendecomposition
                 return PlanePoint(position, logdensity, slope, magnitude(second[0], floor), None)
-            # A plane with a NaN is rejected, and kept from LAPACK.
-            finite = jnp.all(jnp.isfinite(second))
-            eigenvalues, axes = jnp.linalg.eigh(jnp.where(finite, second, jnp.eye(num_tangents)))
-            precision = jnp.where(finite, magnitude(eigenvalues, floor), jnp.nan)
+            eigenvalues, axes = principal_axes(second)
+            precision = magnitude(eigenvalues, floor)
             return PlanePoint(position, logdensity, slope, precision, axes)
 
         def inner_step(here, key):
