@@ -40,12 +40,12 @@ def load(
 ) -> Checkpoint:
     """Read a folder with config.json and model.safetensors, in one file or in shards.
 
-    What is read and what is refused is decided here: an option of the configuration, a tensor or a
-    shape that the network does not know is an error, not a silent difference. Supported are the
-    architectures <family>ForCausalLM, <family>ForSequenceClassification and <family>Model of Llama,
-    Qwen2 and Qwen3, and the latter two of Bert, Roberta and XLMRoberta; grouped queries, biases,
-    norms of queries and keys, tied embeddings, sliding windows; rotary positions of the types
-    default, linear, dynamic, llama3 and yarn.
+    What is not supported is refused by name, and weights that do not fit the configuration are an
+    error, not a silent difference. Supported are the architectures <family>ForCausalLM,
+    <family>ForSequenceClassification and <family>Model of Llama, Qwen2 and Qwen3, and the latter
+    two of Bert, Roberta and XLMRoberta; grouped queries, biases, norms of queries and keys, tied
+    embeddings, sliding windows; rotary positions of the types default, linear, dynamic, llama3 and
+    yarn.
 
     The function that it returns is
 
@@ -88,7 +88,7 @@ def load(
         ValueError: for what is not supported, and for weights that do not fit the configuration.
 
     Example:
-        >>> import json, tempfile
+        >>> import json, pathlib, tempfile
         >>> import jax, jax.numpy as jnp
         >>> from safetensors.flax import save_file
         >>> config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "hidden_size": 4,
@@ -97,7 +97,7 @@ def load(
         >>> weights = {"model.embed_tokens.weight": jnp.ones((7, 4)),
         ...            "model.norm.weight": jnp.ones(4)}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = open(f"{folder}/config.json", "w").write(json.dumps(config))
+        ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
         ...     save_file(weights, f"{folder}/model.safetensors")
         ...     apply_fn, params, config = load(folder)
         >>> apply_fn(params, jnp.array([[1, 2, 3]])).shape
@@ -143,7 +143,7 @@ def load(
     return Checkpoint(apply_fn, _read(folder, files, shapes, dtype), config)
 
 
-# The families, the heads of each, and the rotary positions.
+# The families, the heads of each, and the rotary positions with what each must be told.
 _DECODERS = ("Llama", "Qwen2", "Qwen3")
 _ENCODERS = ("Bert", "Roberta", "XLMRoberta")
 _SUPPORTED = {
@@ -154,7 +154,13 @@ _SUPPORTED = {
         for h in ("ForSequenceClassification", "Model")
     },
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
 # Tensors in the body of some checkpoints that are no parameters, or that another head uses.
 _UNUSED = r"rotary_emb\.inv_freq$|position_ids$|pooler\.dense\.(weight|bias)$|^(cls|lm_head)\."
 _ACTIVATIONS = {
@@ -243,7 +249,8 @@ def _sizes(config, family):
     num_groups = config.get("num_key_value_heads") or num_heads
     if num_heads % num_groups:
         raise ValueError(
-            f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_groups}."
+            f"num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={num_groups}."
         )
     default = 128 if family == "Qwen3" else width // num_heads
     return num_heads, num_groups, config.get("head_dim") or default
@@ -256,7 +263,8 @@ def _is_tied(config):
 def _decoder_shapes(config, family, head, body):
     width, hidden = config["hidden_size"], config["intermediate_size"]
     num_heads, num_groups, head_dim = _sizes(config, family)
-    shapes = {f"{body}embed_tokens.weight": (config["vocab_size"], width)}
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    shapes[f"{body}embed_tokens.weight"] = (config["vocab_size"], width)
     attention = {
         "q_proj": (num_heads * head_dim, width),
         "k_proj": (num_groups * head_dim, width),
@@ -295,7 +303,7 @@ def _decoder(config, family, head, body, attention, remat):
     num_heads, num_groups, head_dim = _sizes(config, family)
     eps = config.get("rms_norm_eps", 1e-6)
     activation = _activation(config, "silu")
-    rotary = _rotary(config, head_dim)
+    rotary = _rotary(config, family, head_dim)
     windows = _windows(config, family)
     pad = config.get("pad_token_id")
 
@@ -359,7 +367,7 @@ def _decoder(config, family, head, body, attention, remat):
 def _windows(config, family):
     # For each layer the width of the window that its tokens see, or None.
     num_layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     if family == "Llama":
         return [None] * num_layers
     kinds = config.get("layer_types")
@@ -391,7 +399,7 @@ def _last(input_ids, attention_mask, pad):
 # --- rotary positions (Su et al., 2021, arXiv:2104.09864)
 
 
-def _rotary(config, head_dim):
+def _rotary(config, family, head_dim):
     # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
@@ -402,24 +410,28 @@ def _rotary(config, head_dim):
             f"Rotary positions of type {kind!r} are not supported. Supported are "
             f"{', '.join(_ROPE_TYPES)}."
         )
+    missing = [name for name in _ROPE_TYPES[kind] if rope.get(name) is None]
+    if missing:
+        raise ValueError(f"Rotary positions of type {kind!r} lack {', '.join(missing)}: {rope}.")
     base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor={partial} is not supported, only 1.")
     if head_dim % 2:
         raise ValueError(f"Rotary positions turn pairs, but a head has {head_dim} features.")
-    trained = config.get("max_position_embeddings", 2048)
-    original = rope.get("original_max_position_embeddings", trained)
-    # Phi's way, which transformers follows everywhere: written outside, it takes precedence.
-    original = config.get("original_max_position_embeddings", original)
+    trained = config.get("max_position_embeddings", 2048 if family == "Llama" else 32_768)
+    # Where it is written outside, it takes precedence.
+    original = config.get("original_max_position_embeddings")
+    original = original or rope.get("original_max_position_embeddings") or trained
+    factor = rope.get("factor") or trained / original
     frequencies = {
         "default": lambda longest: _frequencies(base, head_dim),
-        "linear": lambda longest: _frequencies(base, head_dim) / rope["factor"],
-        "dynamic": lambda longest: _dynamic(base, head_dim, rope["factor"], trained, longest),
-        "llama3": lambda longest: _llama3(base, head_dim, rope, original),
-        "yarn": lambda longest: _yarn(base, head_dim, rope, original),
+        "linear": lambda longest: _frequencies(base, head_dim) / factor,
+        "dynamic": lambda longest: _dynamic(base, head_dim, factor, trained, longest),
+        "llama3": lambda longest: _llama3(base, head_dim, factor, rope, original),
+        "yarn": lambda longest: _yarn(base, head_dim, factor, rope, original),
     }[kind]
-    amplitude = _yarn_amplitude(rope, trained / original) if kind == "yarn" else 1.0
+    amplitude = _yarn_amplitude(factor, rope) if kind == "yarn" else 1.0
 
     def tables(position_ids):
         # cos and sin, (batch or 1, time, 1, head_dim); the two halves of a head turn together.
@@ -447,16 +459,16 @@ def _dynamic(base, head_dim, factor, trained, longest):
     return _frequencies(base * stretch ** (head_dim / (head_dim - 2)), head_dim)
 
 
-def _llama3(base, head_dim, rope, original):
+def _llama3(base, head_dim, factor, rope, original):
     # Long waves are stretched by the factor, short ones are not, those between by interpolation.
     omega = _frequencies(base, head_dim)
     turns = original * omega / (2 * math.pi)  # of a wave over the training's sequences
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    return kept * omega + (1 - kept) * omega / rope["factor"]
+    return kept * omega + (1 - kept) * omega / factor
 
 
-def _yarn(base, head_dim, rope, original):
+def _yarn(base, head_dim, factor, rope, original):
     # Peng et al., 2023, arXiv:2309.00071: the same with a ramp over the index of the wave.
     def index(turns):
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -468,13 +480,12 @@ def _yarn(base, head_dim, rope, original):
     ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001)
     kept = 1 - jnp.clip(ramp, 0, 1)
     omega = _frequencies(base, head_dim)
-    return kept * omega + (1 - kept) * omega / rope["factor"]
+    return kept * omega + (1 - kept) * omega / factor
 
 
-def _yarn_amplitude(rope, stretch):
+def _yarn_amplitude(factor, rope):
     # Attention is sharpened, by longer queries and keys, as sequences grow.
     def amplitude(weight):
-        factor = rope.get("factor") or stretch
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.get("attention_factor") is not None:
@@ -489,7 +500,7 @@ def _yarn_amplitude(rope, stretch):
 
 def _encoder_shapes(config, family, head, body, gamma):
     width, hidden = config["hidden_size"], config["intermediate_size"]
-    shapes = {}
+    shapes: dict[str, tuple[int | None, ...]] = {}
 
     def linear(name, num_out, num_in):
         shapes.update({f"{name}.weight": (num_out, num_in), f"{name}.bias": (num_out,)})
