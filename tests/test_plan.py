@@ -30,7 +30,7 @@ HOSTS = {
     },
     "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
-    "models": {"jax", "numpyro", "flax"},
+    "models": {"jax", "numpy", "numpyro", "optax", "flax", "equinox", "quax", "safetensors"},
 }
 # The one exception: `sample` hands its chains to ArviZ, at the end and not at import.
 EXCEPTIONS = {("samplers/chains.py", "diagnostics")}
