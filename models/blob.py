@@ -1,0 +1,683 @@
+r"""Bayesian low-rank adaptation: a posterior over the update of a pretrained network.
+
+BLoB, Wang, Shi, Han, Metaxas & Wang, 2024, arXiv:2406.11675. A weight W becomes
+:math:`W + s B A` with :math:`s = \alpha / r`, where A (r, in) is random, with prior
+:math:`N(0, \sigma_p^2)` and posterior :math:`q(A) = N(M, \Omega^2)`, :math:`\Omega = G \circ G`
+elementwise, and B (out, r) is not. With noise on A alone every deviation from the pretrained
+network carries the factor B, which starts at zero.
+
+    lora = bayesian_lora(apply_fn, params, target="query|value", example=(x,))
+    svi = SVI(lora.model, lora.guide, optax.adam(1e-3), TraceMeanField_ELBO())
+    result = svi.run(rng_key, 2_000, params, x, y=y, progress_bar=False)
+    logits = predict(lora, rng_key, result.params, params, x_test)
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from numpyro.handlers import scale as scaled
+from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
+
+from probbp.models import lora as low_rank
+from probbp.models.lora import Factors, Layout
+
+Noise = Literal["flipout", "independent", "shared"]
+
+
+class BayesianLora(NamedTuple):
+    """A network with a distribution over its low-rank update, from `bayesian_lora`.
+
+    Attributes:
+        model: `(base, *inputs, y=None, num_data=None, kl_weight=1.0, noise=...)`, for NumPyro.
+        guide: called as the model is.
+        apply: `(base, factors, *inputs) -> output`, the adapted network for one value of A and B.
+        layouts: of the adapted weights, by name.
+        rank: r.
+        scale: s = alpha / r, of the update.
+        prior_scale: standard deviation of A before data.
+        dtypes: of the factors, by name.
+    """
+
+    model: Callable[..., None]
+    guide: Callable[..., None]
+    apply: Callable[..., Any]
+    layouts: dict[str, Layout]
+    rank: int
+    scale: float
+    prior_scale: float
+    dtypes: dict[str, Any]
+
+
+class AlternatingState(NamedTuple):
+    """State of `alternating`.
+
+    Attributes:
+        count: steps made.
+        mean_state: state of the optimiser of M and B.
+    """
+
+    count: jax.Array
+    mean_state: Any
+
+
+def categorical(logits: jax.Array) -> dist.Distribution:
+    """Return the likelihood of class labels, the default: logits (batch, classes)."""
+    return dist.Categorical(logits=logits)
+
+
+def bayesian_lora(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *,
+    target: str,
+    example: tuple[Any, ...],
+    rank: int = 8,
+    alpha: float = 16.0,
+    prior_scale: float = 0.2,
+    init_std: float = 0.0025,
+    noise: Noise = "flipout",
+    likelihood: Callable[[Any], dist.Distribution] = categorical,
+    dtype: jax.typing.DTypeLike | None = None,
+    materialise: bool = False,
+) -> BayesianLora:
+    r"""Turn a pretrained network into a NumPyro model and guide of its low-rank adaptation.
+
+    .. math::
+        A \sim N(0, \sigma_p^2), \qquad y_i \sim p(y \mid f(x_i;\, W + s B A)), \qquad
+        q(A) = N(M, (G \circ G)^2)
+
+    for each weight whose name matches, all factors independent. The network is any JAX function
+    and is not edited: of a Flax Linen module take `module.apply`; of an NNX one
+    `graph, state = nnx.split(model)` and `lambda state, x: nnx.merge(graph, state)(x)`; of an
+    Equinox one `arrays, rest = equinox.partition(model, equinox.is_array)` and
+    `lambda arrays, x: jax.vmap(equinox.combine(arrays, rest))(x)`. Its own parameters are the
+    model's first argument: frozen, not known to the optimiser, and not compiled into the program.
+
+    **Sites.** For a weight `w` the sample site `w_A` (rank, in) and the parameters `w_B` (out,
+    rank) of the model, `w_loc` and `w_g` (rank, in) of the guide; with the stacked axes in front
+    where layers are stacked. `logits` is deterministic, `y` observed.
+
+    **Noise.** How :math:`E_q \log p(y \mid A)` is estimated from one draw of A. All three have the
+    same mean; model, divergence and optimum are not touched by the choice.
+
+    - "shared": the draw for all examples. Their errors add up.
+    - "flipout": the deviation A - M of the draw with random signs of rows and columns for each
+      example, :math:`(A - M) \circ t_i s_i^T` (Wen et al., 2018, arXiv:1803.04386). It has the law
+      of the posterior, because that is symmetric and factorised, and is uncorrelated between
+      examples. An example keeps its signs at all its tokens: attention makes the likelihood a
+      function of all of them, and signs for each token would be weights that no draw has, which
+      biases the expectation. Two more products of the size of the rank.
+    - "independent": a draw for each example. As many random numbers as A has entries, times the
+      batch.
+
+    With one example, or as the posterior's scale goes to zero, the three are the same. The latter
+    two evaluate examples one by one under `jax.vmap`, so that statistics over the batch (batch
+    norm in training) are those of one example. Where the guide is not in play (prior predictive,
+    MCMC over A), the model takes A as it is.
+
+    **Objective.** With `TraceMeanField_ELBO` the divergence is exact:
+
+    .. math::
+        KL = \sum_{ij} \log\frac{\sigma_p}{\Omega_{ij}}
+            + \frac{\Omega_{ij}^2 + M_{ij}^2}{2 \sigma_p^2} - \frac12
+
+    It is the divergence between distributions of the whole weight as well (theorems 3.1 and 3.2 of
+    the paper): q(W) is Gaussian with mean :math:`W + s B M` and, columns stacked, covariance
+    :math:`s^2 (I \otimes B)\, \mathrm{diag}(\Omega)^2\, (I \otimes B)^T`; the prior is
+    :math:`N(W, \sigma_p^2 s^2\, I \otimes B B^T)`. Both are images of q(A) and p(A) under one
+    affine map, which leaves the divergence as it is where B has full column rank. Where it has not,
+    as at B = 0 or with a rank above the number of outputs, it is an upper bound of that of W.
+
+    The prior of W depends on B, which is fitted: this is empirical Bayes. For the same reason
+    `prior_scale` is no modelling choice: scaling A by c, B by 1 / c and `prior_scale` by c changes
+    neither likelihood nor divergence. It acts through the learning rates alone, unless B is held
+    by weight decay.
+
+    Args:
+        apply_fn: `(params, *inputs) -> logits`, with the examples on the first axis of each input
+            and of what it returns.
+        params: pytree of arrays, or of their shapes.
+        target: regular expression, searched for in the names of `probbp.models.lora.named_leaves`.
+        example: inputs of any batch, or their shapes. Traced, not computed.
+        rank: r.
+        alpha: the update is scaled by alpha / rank.
+        prior_scale: sigma_p.
+        init_std: where the posterior's standard deviation starts: G is uniform between
+            sqrt(init_std / 2) and sqrt(init_std). M is uniform in +-1 / sqrt(in), and B zero.
+        noise: as above.
+        likelihood: of what `apply_fn` returns, one distribution an example: batch shape (batch,).
+            Tokens of a sequence belong to its event, by `to_event(1)`.
+        dtype: of the factors; by default that of each weight, at least single precision.
+        materialise: whether to form dense weights and evaluate the network with them, for networks
+            that quax cannot trace: those with a `custom_vjp`, convolutions, embeddings. One weight
+            an example, or one for all with `noise="shared"`.
+
+    Returns:
+        Model and guide, which ignore what the other needs, so that both are called with
+        `(base, *inputs, y=None, num_data=None, kl_weight=1.0, noise=noise)`:
+
+        - `base`: the network's parameters, as `params`.
+        - `y`: (batch, ...) or `None` to predict.
+        - `num_data`: examples in all; the log likelihood of the batch is multiplied by num_data /
+          batch, which makes the objective an unbiased estimate of the whole ELBO. The batch itself
+          by default.
+        - `kl_weight`: factor of the divergence in SVI, a temperature: below 1 the posterior is
+          sharper than Bayes' rule has it. The exact ELBO by default.
+        - `noise`: instead of the one given here.
+
+    Raises:
+        ValueError: for options out of range, and as `probbp.models.lora.layouts` does.
+        TypeError: for parameters that are not arrays.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from numpyro.infer import SVI, TraceMeanField_ELBO
+        >>> network = lambda params, x: jnp.tanh(x @ params["hidden"]) @ params["head"]
+        >>> params = {"hidden": jnp.eye(4), "head": jnp.ones((4, 2))}
+        >>> x, y = jnp.tile(jnp.eye(4), (9, 1)), jnp.tile(jnp.array([0, 0, 1, 1]), 9)
+        >>> lora = bayesian_lora(network, params, target="head", example=(x,), rank=2)
+        >>> svi = SVI(lora.model, lora.guide, optax.adam(0.1), TraceMeanField_ELBO())
+        >>> result = svi.run(jax.random.key(0), 200, params, x, y=y, progress_bar=False)
+        >>> sorted(result.params)
+        ['head_B', 'head_g', 'head_loc']
+        >>> logits = predict(lora, jax.random.key(1), result.params, params, x[:4])
+        >>> jax.nn.softmax(logits).mean(0).argmax(-1).tolist()
+        [0, 0, 1, 1]
+    """
+    for name, value in (("alpha", alpha), ("prior_scale", prior_scale), ("init_std", init_std)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    _check_noise(noise)
+    layouts = low_rank.layouts(apply_fn, params, target, example, materialise=materialise)
+    if dtype is not None and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"The factors need at least single precision, not {jnp.dtype(dtype)}: their deviations "
+            "are small. The network's own weights may be of any dtype."
+        )
+    dtypes = {
+        name: jnp.dtype(dtype or jnp.promote_types(layout.dtype, jnp.float32))
+        for name, layout in layouts.items()
+    }
+    scale = alpha / rank
+    apply = partial(low_rank.apply, apply_fn, layouts, scale, materialise=materialise)
+
+    def model(base, *inputs, y=None, num_data=None, kl_weight=1.0, noise=noise):
+        _check_noise(noise)
+        batch = _batch_size(inputs)
+        factors, axes = {}, {}
+        for name, layout in layouts.items():
+            shape, dtype = layout.shape_of_a(rank), dtypes[name]
+            prior = dist.Normal(jnp.zeros(shape, dtype), jnp.asarray(prior_scale, dtype))
+            a = _sample(name, prior, kl_weight).astype(dtype)
+            b = numpyro.param(f"{name}_B", jnp.zeros(layout.shape_of_b(rank), dtype))
+            # The guide's parameters, where there is a guide.
+            loc, g = numpyro.param(f"{name}_loc"), numpyro.param(f"{name}_g")
+            factors[name], axes[name] = Factors(a, b), None
+            if noise != "shared" and loc is not None and g is not None:
+                draw = _flipout if noise == "flipout" else _independent
+                key = numpyro.prng_key()
+                if key is None:
+                    raise ValueError(
+                        f"noise={noise!r} needs a key for the examples: put the model inside "
+                        "numpyro.handlers.seed, or pass noise='shared'."
+                    )
+                factors[name], axes[name] = draw(key, batch, a, b, loc, g)
+        if any(axis is not None for axis in axes.values()):
+            logits = _each_example(apply, base, factors, axes, inputs)
+        else:
+            logits = apply(base, factors, *inputs)
+        numpyro.deterministic("logits", logits)
+        likelihood_of_batch = likelihood(logits)
+        if likelihood_of_batch.batch_shape != (batch,):
+            raise ValueError(
+                f"likelihood has batch shape {likelihood_of_batch.batch_shape}, but there are "
+                f"{batch} examples: give one distribution an example, its further axes by to_event."
+            )
+        weight = 1.0 if num_data is None else num_data / batch
+        with scaled(scale=weight), numpyro.plate("examples", batch):
+            numpyro.sample("y", likelihood_of_batch, obs=y)
+
+    def guide(base, *inputs, y=None, num_data=None, kl_weight=1.0, noise=noise):
+        for name, layout in layouts.items():
+            shape, dtype = layout.shape_of_a(rank), dtypes[name]
+            bound, root = layout.num_in**-0.5, math.sqrt(init_std)
+            loc = numpyro.param(f"{name}_loc", _uniform(shape, dtype, -bound, bound))
+            g = numpyro.param(f"{name}_g", _uniform(shape, dtype, root / math.sqrt(2), root))
+            _sample(name, dist.Normal(loc, std(g)), kl_weight)
+
+    lora = BayesianLora(model, guide, apply, layouts, rank, scale, prior_scale, dtypes)
+    _check_network(lora, params, example)
+    return lora
+
+
+def std(g: jax.Array) -> jax.Array:
+    """Return the posterior's standard deviation, G o G, kept off zero by the dtype's epsilon."""
+    return g * g + jnp.finfo(g.dtype).eps
+
+
+def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the divergence of posterior from prior, in nats, for each adapted weight.
+
+    Exact, and the term of `TraceMeanField_ELBO`.
+
+    Args:
+        lora: from `bayesian_lora`.
+        params: of SVI.
+    """
+    return {
+        name: _kl(params[f"{name}_loc"], params[f"{name}_g"], lora.prior_scale)
+        for name in lora.layouts
+    }
+
+
+def svi(
+    lora: BayesianLora,
+    optimiser: optax.GradientTransformation,
+    *,
+    schedule: Literal["elbo", "blob"] = "elbo",
+    cycle: int | None = None,
+    kl_learning_rate: float | Callable[[jax.Array], Any] = 0.01,
+) -> SVI:
+    """Return NumPyro's SVI for one of two objectives.
+
+    - "elbo": the ELBO, exact but for the draw of A and the batch, one optimiser for all. It is
+      `SVI(lora.model, lora.guide, optimiser, TraceMeanField_ELBO())` and nothing else.
+    - "blob": the rule of the paper's code, which minimises no one objective: `optimiser` takes M
+      and B down the mean loss of the batch, and plain gradient descent takes M and G down the
+      divergence with the weights of `alternating`, and G down the loss. What `update` returns is
+      the mean negative log likelihood without the divergence; `num_data` and `kl_weight` are
+      ignored.
+
+    SVI compiles `update` for the caller in `run` alone. In a loop of one's own,
+    `step = jax.jit(lambda state, base, x, y: svi.update(state, base, x, y=y))` keeps the network's
+    parameters an argument, where `run` with its progress bar would compile them into the program.
+
+    Args:
+        lora: from `bayesian_lora`.
+        optimiser: an Optax transformation; the paper's is AdamW at 1e-4.
+        schedule: which objective.
+        cycle: for "blob", as in `alternating`.
+        kl_learning_rate: for "blob", as in `alternating`.
+
+    Raises:
+        ValueError: for another schedule, or "blob" without a cycle.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> network, params = lambda params, x: x @ params["w"], {"w": jnp.zeros((4, 2))}
+        >>> x, y = jnp.eye(4), jnp.array([0, 0, 1, 1])
+        >>> lora = bayesian_lora(network, params, target="w", example=(x,), rank=2)
+        >>> published = svi(lora, optax.adamw(0.1), schedule="blob", cycle=rescaled_cycle(4, 4))
+        >>> result = published.run(jax.random.key(0), 100, params, x, y=y, progress_bar=False)
+        >>> bool(result.losses[-1] < result.losses[0])
+        True
+    """
+    if schedule == "elbo":
+        return SVI(lora.model, lora.guide, optimiser, TraceMeanField_ELBO())
+    if schedule != "blob":
+        raise ValueError(f"schedule must be 'elbo' or 'blob', got {schedule!r}.")
+    if cycle is None:
+        raise ValueError(
+            "schedule='blob' needs a cycle: the steps in an epoch, or rescaled_cycle(...)."
+        )
+
+    def mean_loss(program):
+        def without_divergence(base, *inputs, **options):
+            return program(base, *inputs, **(options | {"num_data": 1, "kl_weight": 0.0}))
+
+        return without_divergence
+
+    transformation = alternating(
+        optimiser,
+        prior_scale=lora.prior_scale,
+        cycle=cycle,
+        kl_learning_rate=kl_learning_rate,
+    )
+    return SVI(mean_loss(lora.model), mean_loss(lora.guide), transformation, TraceMeanField_ELBO())
+
+
+def alternating(
+    optimiser: optax.GradientTransformation,
+    *,
+    prior_scale: float,
+    cycle: int,
+    kl_learning_rate: float | Callable[[jax.Array], Any] = 0.01,
+) -> optax.GradientTransformation:
+    r"""Return the update rule of the paper's code, as an Optax transformation of SVI's parameters.
+
+    Fed with the gradient of the mean negative log likelihood, step t makes two moves: `optimiser`
+    moves M and B, and then, at the new M,
+
+    .. math::
+        M \leftarrow M - k \pi_i \nabla_M KL, \qquad
+        G \leftarrow G - k (\nabla_G \mathrm{NLL} + \pi_i \nabla_G KL), \qquad
+        \pi_i = \frac{2^i}{2^{c + 1} - 1}
+
+    with i running from 1 to the cycle's length c, again and again. Half of the divergence falls on
+    the last step of a cycle, a quarter on the one before: it acts as a kick.
+
+    Args:
+        optimiser: of M and B.
+        prior_scale: sigma_p.
+        cycle: c.
+        kl_learning_rate: k, or a function of the number of steps made.
+
+    Returns:
+        A transformation of dictionaries with names that end in `_loc`, `_g` and `_B`.
+
+    Raises:
+        ValueError: for a cycle below 1.
+    """
+    if cycle < 1:
+        raise ValueError(f"cycle must be at least 1, got {cycle}.")
+
+    def means(tree):
+        return {name: leaf for name, leaf in tree.items() if not name.endswith("_g")}
+
+    def init(params):
+        return AlternatingState(jnp.zeros((), jnp.int32), optimiser.init(means(params)))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("alternating needs the parameters: update(grads, state, params).")
+        grads = updates
+        moves, mean_state = optimiser.update(means(grads), state.mean_state, means(params))
+        rate: Any = (
+            kl_learning_rate(state.count) if callable(kl_learning_rate) else kl_learning_rate
+        )
+        # 2^i overflows in long cycles; 2^(i - c - 1) vanishes.
+        i = state.count % cycle + 1
+        weight = jnp.exp2((i - cycle - 1).astype(jnp.float32)) / (1 - 2.0 ** -(cycle + 1))
+        moves = dict(moves)
+        for name in params:
+            if not name.endswith("_g"):
+                continue
+            loc = name.removesuffix("_g") + "_loc"
+            kl_loc, kl_g = jax.grad(_kl, (0, 1))(
+                params[loc] + moves[loc], params[name], prior_scale
+            )
+            moves[loc] = moves[loc] - (rate * weight * kl_loc).astype(kl_loc.dtype)
+            moves[name] = (-rate * (grads[name] + weight * kl_g)).astype(kl_g.dtype)
+        return moves, AlternatingState(state.count + 1, mean_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def rescaled_cycle(num_data: int, batch_size: int, *, gamma: float = 8.0) -> int:
+    """Return the cycle's length that the paper's code takes, 100 N^(pi / gamma) / batch.
+
+    It stands for the steps in an epoch: longer for few data, so that the divergence weighs less,
+    shorter for many. The exact ELBO is the mean loss with KL / N at each step; the published rule
+    has KL / cycle on average.
+
+    Args:
+        num_data: N.
+        batch_size: examples a step.
+        gamma: of the paper's scripts, 8.
+
+    Example:
+        >>> rescaled_cycle(640, 4)
+        316
+    """
+    return max(1, int(100 * num_data ** (math.pi / gamma) / batch_size))
+
+
+def predict(
+    lora: BayesianLora,
+    rng_key: jax.Array,
+    params: Mapping[str, jax.Array],
+    base: Any,
+    *inputs: Any,
+    num_samples: int = 10,
+    noise: Noise = "shared",
+) -> Any:
+    """Return the network's output for draws of A from the posterior.
+
+    The prediction is the mean of their softmax. NumPyro's `Predictive` draws one after the other,
+    in the memory of one forward pass. With shared noise a draw is one function of all inputs, as
+    quantities of several of them want it (mutual information, joint densities); the other two are
+    right for each input alone.
+
+    Args:
+        lora: from `bayesian_lora`.
+        rng_key: a key.
+        params: of SVI.
+        base: the network's parameters.
+        inputs: as the network takes them.
+        num_samples: draws; 0 for the posterior's mean, A = M, in the place of a draw.
+        noise: as in `bayesian_lora`.
+
+    Returns:
+        Logits (num_samples, batch, ...), and (1, batch, ...) for the mean.
+    """
+    if num_samples < 0:
+        raise ValueError(f"num_samples must not be negative, got {num_samples}.")
+    if num_samples == 0:
+        logits = lora.apply(base, _factors(lora, params), *inputs)
+        return jax.tree.map(lambda leaf: leaf[None], logits)
+    predictive = Predictive(
+        partial(lora.model, noise=noise),
+        guide=lora.guide,
+        params=dict(params),
+        num_samples=num_samples,
+        return_sites=["logits"],
+    )
+    return predictive(rng_key, base, *inputs)["logits"]
+
+
+def to_arviz(draws: Mapping[str, Any], observed: Mapping[str, Any] | None = None) -> Any:
+    """Turn draws of `Predictive` into ArviZ's object, one chain.
+
+    Args:
+        draws: sites with the draws on the first axis: `logits`, `y`.
+        observed: data under the names of their sites.
+
+    Returns:
+        An `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with
+        `posterior_predictive` and, where given, `observed_data`.
+    """
+    import arviz
+
+    groups: dict[str, Any] = {
+        "posterior_predictive": {name: np.asarray(draw)[None] for name, draw in draws.items()}
+    }
+    if observed:
+        groups["observed_data"] = {name: np.asarray(value) for name, value in observed.items()}
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return arviz.from_dict(groups)
+    return arviz.from_dict(**groups)
+
+
+def merge(
+    lora: BayesianLora,
+    params: Mapping[str, jax.Array],
+    base: Any,
+    sample: Mapping[str, jax.Array] | None = None,
+) -> Any:
+    """Return the network's parameters with the update added, dense: for export, without this file.
+
+    Args:
+        lora: from `bayesian_lora`.
+        params: of SVI.
+        base: the network's parameters.
+        sample: one draw of the sites `w_A`; the posterior's mean by default.
+
+    Returns:
+        A pytree like `base`, in its dtypes.
+    """
+    return low_rank.merge(base, lora.layouts, _factors(lora, params, sample), lora.scale)
+
+
+def save(lora: BayesianLora, params: Mapping[str, jax.Array], file: str | os.PathLike[str]) -> None:
+    """Write the adapter to a safetensors file: M, G and B of each weight, without the network.
+
+    Args:
+        lora: from `bayesian_lora`.
+        params: of SVI.
+        file: where to.
+
+    Raises:
+        ImportError: without the package safetensors.
+        ValueError: where `params` are not those of `lora`.
+    """
+    _check_params(lora, {name: leaf.shape for name, leaf in params.items()}, "params")
+    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
+    _safetensors().numpy.save_file(arrays, file, metadata=_metadata(lora))
+
+
+def load(lora: BayesianLora, file: str | os.PathLike[str]) -> dict[str, jax.Array]:
+    """Read an adapter that `save` wrote, as parameters of SVI (`init_params`) and `predict`.
+
+    Args:
+        lora: from `bayesian_lora`, for the same network and with the same options.
+        file: where from.
+
+    Raises:
+        ImportError: without the package safetensors.
+        ValueError: where the file is that of another network, rank, alpha or prior.
+    """
+    with _safetensors().safe_open(file, framework="numpy") as tensors:
+        metadata = tensors.metadata() or {}
+        arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+    _check_params(lora, {name: leaf.shape for name, leaf in arrays.items()}, str(file))
+    for name, value in _metadata(lora).items():
+        if name in metadata and metadata[name] != value:
+            raise ValueError(
+                f"{file} was saved with {name} {metadata[name]}, and lora has {value}."
+            )
+    return {
+        f"{name}_{part}": jnp.asarray(arrays[f"{name}_{part}"], dtype)
+        for name, dtype in lora.dtypes.items()
+        for part in ("loc", "g", "B")
+    }
+
+
+def _check_noise(noise):
+    if noise not in ("flipout", "independent", "shared"):
+        raise ValueError(f"noise must be 'flipout', 'independent' or 'shared', got {noise!r}.")
+
+
+def _batch_size(inputs) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(inputs)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "The examples are the first axis of every input, but the inputs have shapes "
+            f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]}. What is the same for all "
+            "examples belongs into apply_fn, by functools.partial."
+        )
+    return sizes.pop()[0]
+
+
+def _check_network(lora, params, example):
+    """Trace the adapted network, so that what cannot be traced fails here."""
+    batch = _batch_size(example)
+    factors = {
+        name: Factors(
+            jax.ShapeDtypeStruct(layout.shape_of_a(lora.rank), lora.dtypes[name]),
+            jax.ShapeDtypeStruct(layout.shape_of_b(lora.rank), lora.dtypes[name]),
+        )
+        for name, layout in lora.layouts.items()
+    }
+    out = jax.eval_shape(lora.apply, params, factors, *example)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(out)]
+    if any(shape[:1] != (batch,) for shape in shapes):
+        raise ValueError(
+            f"apply_fn must return the {batch} examples on the first axis, but returns {shapes}."
+        )
+
+
+def _uniform(shape, dtype, low, high):
+    return lambda key: jax.random.uniform(key, shape, dtype, low, high)
+
+
+def _sample(name, distribution, kl_weight):
+    event = distribution.to_event(len(distribution.batch_shape))
+    if isinstance(kl_weight, float | int):
+        if kl_weight < 0:
+            raise ValueError(f"kl_weight must not be negative, got {kl_weight}.")
+        if kl_weight == 1:
+            return numpyro.sample(f"{name}_A", event)
+    # A scale must be positive; this one leaves nothing of the divergence.
+    with scaled(scale=jnp.maximum(kl_weight, jnp.finfo(jnp.float32).tiny)):
+        return numpyro.sample(f"{name}_A", event)
+
+
+def _flipout(key, batch, a, b, loc, g):
+    key_in, key_out = jax.random.split(key)
+    in_signs = jax.random.rademacher(key_in, (batch, *a.shape[:-2], a.shape[-1]), a.dtype)
+    out_signs = jax.random.rademacher(key_out, (batch, *a.shape[:-1]), a.dtype)
+    return (
+        Factors(loc, b, a - loc, in_signs, out_signs),
+        Factors(None, None, None, 0, 0),
+    )
+
+
+def _independent(key, batch, a, b, loc, g):
+    draws = loc + std(g) * jax.random.normal(key, (batch, *a.shape), a.dtype)
+    return Factors(draws, b), Factors(0, None)
+
+
+def _each_example(apply, base, factors, axes, inputs):
+    def one(factors, inputs):
+        out = apply(base, factors, *jax.tree.map(lambda leaf: leaf[None], inputs))
+        return jax.tree.map(lambda leaf: leaf[0], out)
+
+    return jax.vmap(one, in_axes=(axes, 0))(factors, inputs)
+
+
+def _kl(loc, g, prior_scale):
+    omega = std(g)
+    terms = jnp.log(prior_scale / omega) + (omega**2 + loc**2) / (2 * prior_scale**2) - 0.5
+    return terms.sum()
+
+
+def _factors(lora, params, sample=None):
+    sample = {} if sample is None else sample
+    return {
+        name: Factors(sample.get(f"{name}_A", params[f"{name}_loc"]), params[f"{name}_B"])
+        for name in lora.layouts
+    }
+
+
+def _check_params(lora, shapes, where):
+    expected = {}
+    for name, layout in lora.layouts.items():
+        expected[f"{name}_loc"] = expected[f"{name}_g"] = layout.shape_of_a(lora.rank)
+        expected[f"{name}_B"] = layout.shape_of_b(lora.rank)
+    wrong = sorted(
+        name for name in expected | shapes if tuple(shapes.get(name, ())) != expected.get(name)
+    )
+    if wrong:
+        raise ValueError(
+            f"{where} does not hold the factors of this network and rank. Missing, unknown or of "
+            f"another shape: {wrong[:6]}."
+        )
+
+
+def _metadata(lora):
+    return {
+        "format": "probbp.models.blob",
+        "scale": repr(float(lora.scale)),
+        "prior_scale": repr(float(lora.prior_scale)),
+    }
+
+
+def _safetensors():
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "save and load need the package safetensors: pip install 'probbp[models]'."
+        ) from error
+    return safetensors

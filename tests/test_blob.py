@@ -1,0 +1,926 @@
+"""Bayesian low-rank adaptation: any network, three noises, two objectives, prediction, files."""
+
+import doctest
+import importlib
+import sys
+from functools import partial
+
+import arviz as az
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+
+from probbp.models import blob, lora, transformer
+from probbp.models.blob import bayesian_lora
+from probbp.models.lora import Factors
+
+KEY = jax.random.key(0)
+WIDTH, CLASSES, TIME = 4, 3, 5
+X = jax.random.normal(jax.random.key(1), (3, TIME, WIDTH))
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def double(params):
+    """Return parameters in double precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+
+
+def linen():
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + nn.MultiHeadDotProductAttention(2)(x, x)
+            return nn.Dense(CLASSES)(nn.LayerNorm()(x)).mean(1)
+
+    network = Network()
+    return network.apply, network.init(KEY, X)
+
+
+def flax_nnx():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, WIDTH, rngs=rngs, decode=False)
+            self.out = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(x + self.attention(x)).mean(1)
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)))
+    return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+def equinox():
+    class Network(eqx.Module):
+        attention: eqx.nn.MultiheadAttention
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x):
+            return jax.vmap(self.mlp)(x + self.attention(x, x, x)).mean(0)
+
+    network = Network(
+        eqx.nn.MultiheadAttention(2, WIDTH, key=KEY), eqx.nn.MLP(WIDTH, CLASSES, 6, 1, key=KEY)
+    )
+    arrays, rest = eqx.partition(network, eqx.is_array)
+    return lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x), arrays
+
+
+def out_in(remat=False):
+    """One dictionary, and weights (out, in) as in PyTorch."""
+
+    def layer(params, x):
+        query, key, value = (x @ params[f"{name}_proj.weight"].T for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", query, key))
+        return x + jnp.einsum("bts,bsd->btd", weights, value)
+
+    def apply(params, x):
+        hidden = (jax.checkpoint(layer) if remat else layer)(params, x)
+        return (hidden @ params["lm_head.weight"].T).mean(1)
+
+    params = {f"{name}_proj.weight": normal(i, WIDTH, WIDTH) for i, name in enumerate("qkv")}
+    return apply, params | {"lm_head.weight": normal(3, CLASSES, WIDTH)}
+
+
+def scanned():
+    """Two layers, stacked."""
+
+    def apply(params, x):
+        def layer(hidden, params):
+            return hidden + jnp.tanh(hidden @ params["up"].T) @ params["down"], None
+
+        return jax.lax.scan(layer, x, params)[0].mean(1)[:, :CLASSES]
+
+    return apply, {"up": normal(0, 2, 6, WIDTH), "down": normal(1, 2, 6, WIDTH)}
+
+
+def branches():
+    """A stack under `vmap`, a `cond`, a `while_loop`."""
+
+    def apply(params, x):
+        heads = jax.vmap(lambda w: jnp.tanh(x @ w), in_axes=2, out_axes=-1)(params["stack"]).sum(-1)
+        hidden = jax.lax.cond(
+            x.shape[1] > 2, lambda w: heads @ w, lambda w: heads, params["branch"]
+        )
+        _, hidden = jax.lax.while_loop(
+            lambda carry: carry[0] < 2,
+            lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ params["loop"].T)),
+            (0, hidden),
+        )
+        return hidden.mean(1)[:, :CLASSES]
+
+    params = {"stack": normal(0, WIDTH, WIDTH, 2)}
+    return apply, params | {name: normal(1, WIDTH, WIDTH) for name in ("branch", "loop")}
+
+
+# name -> (a constructor, the weights' names and roles)
+NETWORKS = {
+    "linen": (
+        linen,
+        r"kernel$",
+        {
+            "params.Dense_0.kernel": "io",
+            "params.MultiHeadDotProductAttention_0.key.kernel": "ioo",
+            "params.MultiHeadDotProductAttention_0.out.kernel": "iio",
+            "params.MultiHeadDotProductAttention_0.query.kernel": "ioo",
+            "params.MultiHeadDotProductAttention_0.value.kernel": "ioo",
+        },
+    ),
+    "nnx": (
+        flax_nnx,
+        r"(query|value|out)\.kernel$",
+        {
+            "attention.out.kernel": "iio",
+            "attention.query.kernel": "ioo",
+            "attention.value.kernel": "ioo",
+            "out.kernel": "io",
+        },
+    ),
+    "equinox": (
+        equinox,
+        r"(query_proj|value_proj|layers\.\d)\.weight",
+        {
+            "attention.query_proj.weight": "oi",
+            "attention.value_proj.weight": "oi",
+            "mlp.layers.0.weight": "oi",
+            "mlp.layers.1.weight": "oi",
+        },
+    ),
+    "out-in": (
+        out_in,
+        r"(q_proj|v_proj|lm_head)\.weight",
+        {"lm_head.weight": "oi", "q_proj.weight": "oi", "v_proj.weight": "oi"},
+    ),
+    "out-in, checkpoint": (partial(out_in, remat=True), "v_proj", {"v_proj.weight": "oi"}),
+    "scan": (scanned, "", {"down": "bio", "up": "boi"}),
+    "vmap, cond, while": (branches, "stack|branch", {"branch": "io", "stack": "ioo"}),
+    "vmap, cond, while: loop": (branches, "loop", {"loop": "oi"}),
+    "transformer": (
+        lambda: (
+            transformer.apply,
+            transformer.init(
+                KEY, num_classes=CLASSES, max_length=TIME, num_features=WIDTH, width=8, num_layers=1
+            ),
+        ),
+        r"(query|value|head)\.kernel",
+        {
+            "head.kernel": "io",
+            "layers.0.attention.query.kernel": "io",
+            "layers.0.attention.value.kernel": "io",
+        },
+    ),
+}
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def build(name, precision=jnp.float64, **options):
+    constructor, target, _ = NETWORKS[name]
+    apply_fn, base = constructor()
+    base = jax.tree.map(lambda leaf: leaf.astype(precision), base)
+    x = X.astype(precision)
+    options = {"rank": 2, "init_std": 0.1} | options
+    return bayesian_lora(apply_fn, base, target=target, example=(x,), **options), apply_fn, base, x
+
+
+def draw_params(bayes, seed=7):
+    """Return parameters as after a fit: B is not zero."""
+    params = {}
+    for i, (name, layout) in enumerate(bayes.layouts.items()):
+        a, b = layout.shape_of_a(bayes.rank), layout.shape_of_b(bayes.rank)
+        dtype = bayes.dtypes[name]
+        params[f"{name}_loc"] = normal(seed + i, *a).astype(dtype)
+        params[f"{name}_g"] = (0.5 + 0.1 * normal(seed + 10 + i, *a)).astype(dtype)
+        params[f"{name}_B"] = normal(seed + 20 + i, *b).astype(dtype)
+    return params
+
+
+def run(bayes, params, base, x, *, compiled=True, **options):
+    """Return the sites of guide and model for one draw of A."""
+
+    def values(params, base, x):
+        guide = trace(seed(substitute(bayes.guide, params), 1)).get_trace(base, x, **options)
+        model = seed(substitute(replay(bayes.model, guide), params), 2)
+        sites = trace(model).get_trace(base, x, **options)
+        return {name: site["value"] for name, site in sites.items() if site["type"] != "plate"}
+
+    return (jax.jit(values) if compiled else values)(params, base, x)
+
+
+@every_network
+def test_layouts_are_found(name):
+    constructor, target, roles = NETWORKS[name]
+    apply_fn, base = constructor()
+    shapes = jax.eval_shape(lambda: base)
+    example = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    for params, x in ((base, X), (shapes, example)):
+        found = lora.layouts(apply_fn, params, target, (x,))
+        assert {name: layout.roles for name, layout in found.items()} == roles
+    leaves = lora.named_leaves(base)
+    assert all(layout.shape == leaves[key].shape for key, layout in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [(name, jnp.float32, 1e-5) for name in NETWORKS]
+    + [(name, jnp.float64, 1e-11) for name in ("linen", "out-in", "scan")],
+)
+def test_signs_per_example_equal_dense_weights_per_example(name, dtype, tolerance):
+    """W_j = W + s B (M + (A - M) o t_j s_j^T), one network after the other."""
+    bayes, apply_fn, base, x = build(name, dtype)
+    factors = {}
+    for i, (key, layout) in enumerate(bayes.layouts.items()):
+        a, b = layout.shape_of_a(2), layout.shape_of_b(2)
+        signs = partial(jax.random.rademacher, dtype=dtype)
+        factors[key] = Factors(
+            a=0.3 * normal(i, *a).astype(dtype),
+            b=0.3 * normal(i + 10, *b).astype(dtype),
+            delta=0.3 * normal(i + 20, *a).astype(dtype),
+            in_signs=signs(jax.random.key(i + 30), (3, *a[:-2], a[-1])),
+            out_signs=signs(jax.random.key(i + 40), (3, *a[:-1])),
+        )
+    axes = dict.fromkeys(factors, Factors(None, None, None, 0, 0))
+    got = jax.jit(partial(blob._each_example, bayes.apply, axes=axes, inputs=(x,)))(base, factors)
+    leaves = lora.named_leaves(base)
+    structure = jax.tree.structure(base)
+    for j in range(3):
+        dense = dict(leaves)
+        for key, (a, b, delta, in_signs, out_signs) in factors.items():
+            layout = bayes.layouts[key]
+            a_j = a + delta * jnp.einsum("...r,...n->...rn", out_signs[j], in_signs[j])
+            update = np.einsum("...or,...ri->...oi", b, a_j) * bayes.scale
+            # Written out for each arrangement that the table has.
+            if layout.roles in ("io", "bio"):
+                update = np.swapaxes(update, -1, -2)
+            elif layout.roles in ("ioo", "iio"):
+                update = update.T
+            dense[key] = leaves[key] + update.reshape(layout.shape)
+        want = apply_fn(jax.tree.unflatten(structure, dense.values()), x[j : j + 1])[0]
+        np.testing.assert_allclose(got[j], want, rtol=tolerance, atol=tolerance)
+        assert jnp.max(abs(want - apply_fn(base, x)[j])) > 1e-2
+    assert got.dtype == dtype
+
+
+@every_network
+def test_the_network_is_itself_where_b_is_zero(name):
+    bayes, apply_fn, base, x = build(name)
+    params = draw_params(bayes)
+    params = {k: 0 * leaf if k.endswith("_B") else leaf for k, leaf in params.items()}
+    network = apply_fn(base, x)
+    shared = run(bayes, params, base, x, noise="shared", compiled=False)["logits"]
+    np.testing.assert_array_equal(shared, network)
+    # One by one, products are summed in another order.
+    for noise in ("flipout", "independent"):
+        logits = run(bayes, params, base, x, noise=noise)["logits"]
+        np.testing.assert_allclose(logits, network, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linen", "out-in, checkpoint", "scan"])
+def test_forward_and_reverse_mode_agree(name):
+    bayes, _, base, x = build(name)
+    params = draw_params(bayes)
+    y = jnp.array([0, 1, 2])
+
+    def loss(params):
+        return TraceMeanField_ELBO().loss(KEY, params, bayes.model, bayes.guide, base, x, y=y)
+
+    tangent = jax.tree.map(jnp.ones_like, params)
+    _, slope = jax.jit(lambda: jax.jvp(loss, (params,), (tangent,)))()
+    grad = jax.jit(jax.grad(loss))(params)
+    np.testing.assert_allclose(slope, sum(leaf.sum() for leaf in grad.values()), rtol=1e-5)
+    assert all(jnp.any(leaf != 0) for leaf in grad.values())
+
+
+def test_a_loop_is_traced_anew_for_another_rank():
+    for rank in (1, 2):
+        bayes, apply_fn, base, x = build("scan", rank=rank)
+        params = draw_params(bayes)
+        np.testing.assert_allclose(
+            blob.predict(bayes, KEY, params, base, x, num_samples=0)[0],
+            apply_fn(blob.merge(bayes, params, base), x),
+        )
+
+
+# --- noise, in the simplest network: logits = mean over time of tanh(x W) H
+
+
+def pooled(base, x):
+    return jnp.tanh(x @ base["w"]).mean(1) @ base["head"]
+
+
+BASE = {"w": normal(5, WIDTH, 6) / 2, "head": 2 * normal(6, 6, CLASSES)}
+# Features have a mean, and so errors a direction that examples and tokens share.
+MANY = 0.7 + 0.5 * normal(8, 12, TIME, WIDTH)
+LABELS = jnp.argmax(pooled(BASE, MANY) + normal(9, 12, CLASSES), -1)
+
+
+def simple(**options):
+    options = {"rank": 2, "alpha": 2.0} | options
+    bayes = bayesian_lora(pooled, BASE, target="^w$", example=(MANY,), **options)
+    params = draw_params(bayes)
+    return bayes, params | {"w_loc": 0.3 * params["w_loc"]}
+
+
+def elbo(bayes, params, key=KEY, *, objective=TraceMeanField_ELBO, base=BASE, **options):
+    return objective().loss(
+        key, params, bayes.model, bayes.guide, base, MANY, **({"y": LABELS} | options)
+    )
+
+
+def test_flipout_flips_the_deviation_of_the_draw():
+    """What an input reads of A has the draw's size, and a sign an example, not a token."""
+    bayes = bayesian_lora(
+        lambda base, x: x @ base["w"],
+        {"w": jnp.zeros((WIDTH, 1))},
+        target="w",
+        example=(jnp.ones((1, 2, WIDTH)),),
+        rank=1,
+        alpha=1.0,
+        likelihood=lambda out: dist.Normal(out, 1.0).to_event(2),
+    )
+    params = draw_params(bayes) | {"w_B": jnp.ones((1, 1))}
+    x = jnp.zeros((40, 2, WIDTH)).at[:, :, 1].set(1.0)  # both tokens read entry 1
+    sites = run(bayes, params, x=x, base={"w": jnp.zeros((WIDTH, 1))})
+    deviation = sites["logits"][..., 0] - params["w_loc"][0, 1]
+    drawn = sites["w_A"][0, 1] - params["w_loc"][0, 1]
+    np.testing.assert_allclose(abs(deviation), abs(drawn) * jnp.ones((40, 2)), rtol=1e-9)
+    np.testing.assert_array_equal(deviation[:, 0], deviation[:, 1])
+    assert 5 < jnp.sum(deviation[:, 0] > 0) < 35
+
+
+def test_three_noises_have_one_mean_and_fewer_errors_where_examples_differ():
+    bayes, params = simple(prior_scale=1.0)
+    keys = jax.random.split(KEY, 600)
+    losses, grads = {}, {}
+    for noise in ("shared", "flipout", "independent"):
+        loss = partial(elbo, bayes, noise=noise)
+        value_and_grad = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))
+        losses[noise], grads[noise] = jax.jit(value_and_grad)(params, keys)
+    for noise in ("flipout", "independent"):
+        pairs = [(losses["shared"], losses[noise])]
+        pairs += [(grads["shared"][name], grads[noise][name]) for name in params]
+        for shared, other in pairs:
+            error = jnp.sqrt((shared.var(0) + other.var(0)) / len(keys))
+            assert jnp.all(abs(shared.mean(0) - other.mean(0)) < 4.5 * error)
+        for name in params:
+            ratio = grads[noise][name].var(0).sum() / grads["shared"][name].var(0).sum()
+            assert ratio < 0.7
+
+
+def test_signs_per_token_are_biased():
+    """They average out within an example: the loss is that of a smoother network."""
+    bayes, params = simple(prior_scale=1.0)
+    loc, g, b = (params[f"w_{part}"] for part in ("loc", "g", "B"))
+
+    def loss_per_token(key):
+        key_noise, key_in, key_out = jax.random.split(key, 3)
+        delta = g**2 * jax.random.normal(key_noise, loc.shape)
+        s = jax.random.rademacher(key_in, MANY.shape)
+        t = jax.random.rademacher(key_out, (*MANY.shape[:2], 2))
+        inner = MANY @ loc.T + ((MANY * s) @ delta.T) * t
+        hidden = jnp.tanh(MANY @ BASE["w"] + bayes.scale * inner @ b.T)
+        logits = hidden.mean(1) @ BASE["head"]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), LABELS[:, None], 1).sum()
+
+    keys = jax.random.split(KEY, 2_000)
+    means, errors = {}, {}
+    for noise in ("shared", "flipout", "independent"):
+        draws = jax.jit(jax.vmap(partial(elbo, bayes, params, noise=noise, kl_weight=0.0)))(keys)
+        means[noise], errors[noise] = draws.mean(), draws.std() / len(keys) ** 0.5
+    per_token = jax.jit(jax.vmap(loss_per_token))(keys)
+    error = per_token.std() / len(keys) ** 0.5
+    for noise in means:
+        assert per_token.mean() < means[noise] - 4 * np.hypot(error, errors[noise])
+    for noise in ("flipout", "independent"):
+        difference = abs(means[noise] - means["shared"])
+        assert difference < 4 * np.hypot(errors[noise], errors["shared"])
+
+
+def test_the_noises_meet_as_the_posterior_narrows():
+    bayes, params = simple()
+    params = params | {"w_g": 1e-6 * params["w_g"]}
+    noises = ("shared", "flipout", "independent")
+    values = [jax.jit(partial(elbo, bayes, noise=noise))(params) for noise in noises]
+    np.testing.assert_allclose(values, values[0], rtol=1e-7)
+
+
+# --- the objective
+
+
+def test_divergence_is_the_closed_form():
+    bayes, params = simple(prior_scale=0.3)
+    mean, std = params["w_loc"], params["w_g"] ** 2
+    by_hand = jnp.sum(jnp.log(0.3 / std) + (std**2 + mean**2) / (2 * 0.3**2) - 0.5)
+    np.testing.assert_allclose(blob.kl(bayes, params)["w"], by_hand, rtol=1e-12)
+    parts = TraceMeanField_ELBO(sum_sites=False).loss(
+        KEY, params, bayes.model, bayes.guide, BASE, MANY, y=LABELS
+    )
+    np.testing.assert_allclose(abs(parts["w_A"]), by_hand, rtol=1e-12)
+
+
+def test_divergence_is_that_of_the_whole_weight():
+    """Theorems 3.1 and 3.2, on the subspace where both Gaussians live."""
+    bayes, params = simple(prior_scale=0.3)
+    b = bayes.scale * np.kron(np.eye(WIDTH), np.asarray(params["w_B"]))  # columns stacked
+    mean = b @ np.asarray(params["w_loc"]).T.ravel()
+    covariance = b @ np.diag(np.asarray(params["w_g"]).T.ravel() ** 4) @ b.T
+    prior = 0.3**2 * b @ b.T
+    basis = np.linalg.qr(b)[0]
+    mean, covariance, prior = basis.T @ mean, basis.T @ covariance @ basis, basis.T @ prior @ basis
+    inverse = np.linalg.inv(prior)
+    by_hand = 0.5 * (
+        np.trace(inverse @ covariance)
+        + mean @ inverse @ mean
+        - len(mean)
+        + np.linalg.slogdet(prior)[1]
+        - np.linalg.slogdet(covariance)[1]
+    )
+    np.testing.assert_allclose(blob.kl(bayes, params)["w"], by_hand, rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise", ["shared", "flipout", "independent"])
+def test_prior_scale_is_a_gauge(noise):
+    bayes, params = simple(prior_scale=0.2)
+    value = elbo(bayes, params, noise=noise)
+    for c in (0.1, 7.0):
+        other, _ = simple(prior_scale=0.2 * c)
+        scaled = {
+            "w_loc": c * params["w_loc"],
+            "w_g": c**0.5 * params["w_g"],
+            "w_B": params["w_B"] / c,
+        }
+        np.testing.assert_allclose(elbo(other, scaled, noise=noise), value, rtol=1e-12)
+
+
+def test_the_objective_s_weights():
+    bayes, params = simple()
+    divergence = blob.kl(bayes, params)["w"]
+    loss = elbo(bayes, params)
+    nll = loss - divergence
+    np.testing.assert_allclose(elbo(bayes, params, kl_weight=0.1), nll + 0.1 * divergence)
+    np.testing.assert_allclose(elbo(bayes, params, kl_weight=0.0), nll)
+    np.testing.assert_allclose(elbo(bayes, params, num_data=600), 50 * nll + divergence)
+    traced = jax.jit(lambda n, w: elbo(bayes, params, num_data=n, kl_weight=w))(600, 0.1)
+    np.testing.assert_allclose(traced, 50 * nll + 0.1 * divergence)
+
+
+def test_a_one_sample_elbo_has_the_same_mean():
+    bayes, params = simple(prior_scale=1.0)
+    keys = jax.random.split(KEY, 2_000)
+    for weight in (1.0, 0.3):
+        options = {"noise": "shared", "kl_weight": weight}
+        exact, sampled = (
+            jax.jit(jax.vmap(partial(elbo, bayes, params, objective=objective, **options)))(keys)
+            for objective in (TraceMeanField_ELBO, Trace_ELBO)
+        )
+        error = (exact - sampled).std() / len(keys) ** 0.5
+        assert abs((exact - sampled).mean()) < 4 * error
+
+
+def test_parameters_start_as_in_the_paper():
+    bayes, base = simple(init_std=0.0025)[0], BASE
+    state = SVI(bayes.model, bayes.guide, optax.sgd(0.0), TraceMeanField_ELBO()).init(
+        KEY, base, MANY, y=LABELS
+    )
+    params = state.optim_state[1][0]
+    assert set(params) == {"w_loc", "w_g", "w_B"}  # and nothing of the network
+    assert jnp.all(params["w_B"] == 0)
+    assert jnp.all(abs(params["w_loc"]) < WIDTH**-0.5)
+    assert params["w_loc"].std() > 0.1
+    assert 0.05 / 2**0.5 < params["w_g"].min() < params["w_g"].max() < 0.05
+
+
+@pytest.mark.parametrize("noise", ["shared", "flipout", "independent"])
+def test_numpyro_s_svi_fits_the_guide(noise):
+    bayes, _ = simple(noise=noise)
+    labels = (LABELS + 1) % CLASSES  # what the network does not say
+    machine = blob.svi(bayes, optax.adam(0.03))
+    result = machine.run(KEY, 800, BASE, MANY, y=labels, kl_weight=0.1, progress_bar=False)
+    logits = blob.predict(bayes, KEY, result.params, BASE, MANY)
+    assert logits.shape == (10, 12, CLASSES)
+    before = (pooled(BASE, MANY).argmax(-1) == labels).mean()
+    after = (jax.nn.softmax(logits).mean(0).argmax(-1) == labels).mean()
+    assert after > before + 0.4
+    assert result.losses[-50:].mean() < 0.7 * result.losses[:50].mean()
+
+
+def test_the_network_is_an_argument_of_the_program():
+    """The compiled step does not grow with the weights, and is compiled once."""
+    lengths = []
+    for width in (16, 256):
+        base = {"w": jnp.ones((WIDTH, width)), "head": jnp.ones((width, CLASSES))}
+        bayes = bayesian_lora(pooled, base, target="^w$", example=(MANY,), rank=1)
+        machine = blob.svi(bayes, optax.adam(0.01))
+        step = jax.jit(lambda state, base, x, y, m=machine: m.update(state, base, x, y=y))
+        state = machine.init(KEY, base, MANY, y=LABELS)
+        lengths.append(len(step.lower(state, base, MANY, LABELS).as_text()))
+        for _ in range(3):
+            state, _ = step(state, base, MANY, LABELS)
+        assert step._cache_size() == 1
+    assert lengths[1] < 1.05 * lengths[0]
+
+
+# --- the published rule
+
+
+def test_the_published_rule_is_two_moves():
+    grads = {f"w_{part}": normal(i, 2, 3) for i, part in enumerate(("loc", "g", "B"))}
+    params = {f"w_{part}": normal(i + 3, 2, 3) for i, part in enumerate(("loc", "g", "B"))}
+    rule = blob.alternating(
+        optax.adam(0.1), prior_scale=0.2, cycle=3, kl_learning_rate=lambda count: 0.01 * (count + 1)
+    )
+    adam = optax.adam(0.1)
+    state = rule.init(params)
+    moments = adam.init({k: params[k] for k in ("w_loc", "w_B")})
+    for step in range(5):
+        weight = 2.0 ** (step % 3 + 1) / (2.0**4 - 1)
+        rate = 0.01 * (step + 1)
+        means = {k: params[k] for k in ("w_loc", "w_B")}
+        moves, moments = adam.update({k: grads[k] for k in means}, moments, means)
+        want = optax.apply_updates(means, moves)
+        want["w_loc"] -= rate * weight * want["w_loc"] / 0.2**2
+        g = params["w_g"]
+        want["w_g"] = g - rate * (grads["w_g"] + weight * (-2 / g + 2 * g**3 / 0.2**2))
+        moves, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, moves)
+        for name in params:
+            np.testing.assert_allclose(params[name], want[name], rtol=1e-6)
+
+
+def test_a_long_cycle_does_not_overflow():
+    """All of the divergence in one cycle, half of it at the end, in single precision."""
+    cycle = 909
+    params = {f"w_{part}": jnp.ones((1, 1), jnp.float32) for part in ("loc", "g", "B")}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    rule = blob.alternating(optax.sgd(0.0), prior_scale=1.0, cycle=cycle, kl_learning_rate=1.0)
+
+    def step(state, _):
+        moves, state = rule.update(zero, state, params)
+        return state, -moves["w_loc"][0, 0]
+
+    _, weights = jax.lax.scan(step, rule.init(params), length=2 * cycle)
+    np.testing.assert_allclose(weights.reshape(2, cycle).sum(1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(weights[cycle - 1], 0.5, rtol=1e-6)
+    assert jax.tree.leaves(weights)[0].dtype == jnp.float32
+
+
+def test_cycles_of_the_paper_s_code():
+    for num_data, length in ((640, 316), (1119, 393), (2251, 518), (4957, 706), (9427, 909)):
+        assert blob.rescaled_cycle(num_data, 4) == length
+
+
+def test_the_published_schedule_fits():
+    bayes, _ = simple()
+    labels = (LABELS + 1) % CLASSES
+    machine = blob.svi(
+        bayes,
+        optax.adamw(0.03, weight_decay=0.0),
+        schedule="blob",
+        cycle=50,
+        kl_learning_rate=0.003,
+    )
+    result = machine.run(KEY, 600, BASE, MANY, y=labels, num_data=100, progress_bar=False)
+    # The mean loss of the batch, without the divergence.
+    assert jnp.log(CLASSES) / 3 < result.losses[0] < 10
+    assert result.losses[-100:].mean() < 0.6 * result.losses[:20].mean()
+    # The deviations grow from where they start towards the prior's.
+    assert 0.01 < blob.std(result.params["w_g"]).mean() < 0.4
+
+
+# --- agreement with MCMC
+
+
+def test_nuts_over_a_agrees_with_the_guide():
+    base = {"w": jnp.zeros((3, 2))}
+    bayes = bayesian_lora(
+        lambda base, x: x @ base["w"],
+        base,
+        target="w",
+        example=(jnp.ones((1, 3)),),
+        rank=1,
+        alpha=1.0,
+        prior_scale=1.0,
+    )
+    x = normal(0, 60, 3)
+    y = (x @ jnp.array([1.0, -2.0, 0.5]) + 0.5 * normal(1, 60) > 0).astype(int)
+    model = block(substitute(bayes.model, {"w_B": jnp.array([[-0.5], [0.5]])}), hide=["w_B"])
+    mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=500, progress_bar=False)
+    mcmc.run(KEY, base, x, y=y)
+    draws = mcmc.get_samples()["w_A"]
+    assert draws.shape == (500, 1, 3)
+    machine = SVI(model, bayes.guide, optax.adam(0.02), TraceMeanField_ELBO())
+    params = machine.run(KEY, 1_500, base, x, y=y, progress_bar=False).params
+    assert set(params) == {"w_loc", "w_g"}
+    mean, loc = draws.mean(0).ravel(), params["w_loc"].ravel()
+    assert mean @ loc > 0.97 * jnp.linalg.norm(mean) * jnp.linalg.norm(loc)
+    ratio = blob.std(params["w_g"]).ravel() / draws.std(0).ravel()
+    assert jnp.all((0.6 < ratio) & (ratio < 1.2))  # mean field is never wider
+
+
+# --- prediction
+
+
+def test_the_mean_and_draws_are_those_of_merged_networks():
+    bayes, apply_fn, base, x = build("linen")
+    params = draw_params(bayes)
+    mean = blob.predict(bayes, KEY, params, base, x, num_samples=0)
+    assert mean.shape == (1, 3, CLASSES)
+    np.testing.assert_allclose(mean[0], apply_fn(blob.merge(bayes, params, base), x), rtol=1e-9)
+    predictive = Predictive(
+        partial(bayes.model, noise="shared"),
+        guide=bayes.guide,
+        params=params,
+        num_samples=4,
+        return_sites=["logits", "y", *(f"{name}_A" for name in bayes.layouts)],
+    )
+    draws = predictive(KEY, base, x)
+    logits = blob.predict(bayes, KEY, params, base, x, num_samples=4)
+    np.testing.assert_array_equal(draws["logits"], logits)
+    assert draws["y"].shape == (4, 3)
+    for k in range(4):
+        sample = {name: draw[k] for name, draw in draws.items()}
+        dense = apply_fn(blob.merge(bayes, params, base, sample), x)
+        np.testing.assert_allclose(logits[k], dense, rtol=1e-9)
+
+
+def test_the_noises_predict_alike_for_each_example():
+    bayes, params = simple()
+    means = {}
+    for noise in ("shared", "flipout", "independent"):
+        logits = blob.predict(bayes, KEY, params, BASE, MANY, num_samples=2_000, noise=noise)
+        probabilities = jax.nn.softmax(logits)
+        means[noise] = probabilities.mean(0), probabilities.std(0) / 2_000**0.5
+    for noise in ("flipout", "independent"):
+        difference = abs(means[noise][0] - means["shared"][0])
+        assert jnp.all(difference < 4.5 * jnp.hypot(means[noise][1], means["shared"][1]))
+
+
+def test_draws_take_the_memory_of_one_forward_pass():
+    bayes, params = simple()
+    x = normal(0, 2_000, TIME, WIDTH)
+
+    def memory(num_samples):
+        predict = jax.jit(partial(blob.predict, bayes, num_samples=num_samples))
+        analysis = predict.lower(KEY, params, BASE, x).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    logits = 2_000 * CLASSES * 8
+    assert memory(64) - memory(2) < 2 * 64 * logits  # beside what is returned
+    assert memory(64) < memory(2) + 2_000 * TIME * 6 * 8 * 16
+
+
+def test_prior_draws_need_no_guide():
+    bayes, _, base, x = build("scan")
+    draws = Predictive(bayes.model, num_samples=5)(KEY, base, x)
+    assert draws["y"].shape == (5, 3)
+    assert set(draws) == {"y", "logits", "up_A", "down_A"}
+
+
+def test_draws_are_arviz_s():
+    bayes, params = simple()
+    draws = Predictive(bayes.model, guide=bayes.guide, params=params, num_samples=6)(
+        KEY, BASE, MANY
+    )
+    data = blob.to_arviz({k: draws[k] for k in ("logits", "y")}, {"y": LABELS})
+    assert data["posterior_predictive"]["logits"].shape == (1, 6, 12, CLASSES)
+    np.testing.assert_array_equal(data["observed_data"]["y"], LABELS)
+    assert az.summary(data["posterior_predictive"], kind="stats").shape[0] == 12 * (CLASSES + 1)
+
+
+# --- dtypes, other likelihoods, networks that quax cannot trace
+
+
+@pytest.mark.parametrize("name", ["linen", "scan"])
+def test_weights_in_half_precision_have_factors_in_single(name):
+    bayes, apply_fn, base, x = build(name, jnp.bfloat16)
+    params = draw_params(bayes)
+    assert all(leaf.dtype == jnp.float32 for leaf in params.values())
+    for noise in ("shared", "flipout", "independent"):
+        logits = run(bayes, params, base, x, noise=noise)["logits"]
+        assert logits.dtype == jnp.bfloat16
+        assert jnp.all(jnp.isfinite(logits.astype(float)))
+    merged = blob.merge(bayes, params, base)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
+
+
+def test_single_precision_stays():
+    bayes, _, base, x = build("out-in", jnp.float32)
+    machine = blob.svi(bayes, optax.adam(0.01))
+    params = machine.run(KEY, 2, base, x, y=jnp.zeros(3, int), progress_bar=False).params
+    assert all(leaf.dtype == jnp.float32 for leaf in params.values())
+    assert blob.predict(bayes, KEY, params, base, x).dtype == jnp.float32
+    wide, _, _, _ = build("out-in", jnp.float32, dtype=jnp.float64)
+    assert all(leaf.dtype == jnp.float64 for leaf in draw_params(wide).values())
+
+
+def test_any_likelihood_and_several_inputs():
+    """A sequence of real outputs, and padding."""
+
+    def apply_fn(base, x, mask):
+        return jnp.where(mask[:, :, None], x @ base["w"], 0.0)
+
+    base = {"w": normal(0, WIDTH, 2)}
+    mask = jnp.arange(TIME) < jnp.array([[5], [3], [1]])
+    bayes = bayesian_lora(
+        apply_fn,
+        base,
+        target="w",
+        example=(X, mask),
+        rank=1,
+        likelihood=lambda out: dist.Normal(out, 0.1).to_event(2),
+    )
+    draws = Predictive(bayes.model, num_samples=2)(KEY, base, X, mask)
+    assert draws["y"].shape == (2, 3, TIME, 2)
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+# name -> (network, parameters, input)
+UNTRACEABLE = {
+    "custom_vjp": (lambda base, x: doubled(x @ base["w"]).mean(1), {"w": normal(0, WIDTH, 3)}, X),
+    "convolution": (
+        lambda base, x: jax.lax.conv_general_dilated(
+            x, base["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ).mean(1),
+        {"w": normal(0, 3, WIDTH, 2)},
+        X,
+    ),
+    "embedding": (
+        lambda base, x: jnp.take(base["w"], x, axis=0).mean(1),
+        {"w": normal(0, 7, 3)},
+        jnp.arange(15).reshape(3, 5) % 7,
+    ),
+    "reshaped": (
+        lambda base, x: jnp.einsum("btd,dhe->bhe", x, base["w"].reshape(WIDTH, 2, 3)).sum(1),
+        {"w": normal(0, WIDTH, 6)},
+        X,
+    ),
+    "tied": (
+        lambda base, x: (jnp.tanh(x @ base["w"]) @ base["w"].T).mean(1),
+        {"w": normal(0, WIDTH, 6)},
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_has_no_rule_is_named_and_materialised(name):
+    apply_fn, base, x = UNTRACEABLE[name]
+    make = partial(bayesian_lora, apply_fn, base, target="w", example=(x,), rank=2)
+    with pytest.raises(ValueError, match=r"(?s)(doubled|'w').*materialise=True"):
+        make()
+    bayes = make(materialise=True)
+    params = draw_params(bayes)
+    dense = apply_fn(blob.merge(bayes, params, base), x)
+    mean = blob.predict(bayes, KEY, params, base, x, num_samples=0)[0]
+    np.testing.assert_allclose(mean, dense, rtol=1e-9)
+    logits = {n: run(bayes, params, base, x, noise=n)["logits"] for n in ("shared", "flipout")}
+    assert jnp.max(abs(logits["flipout"] - dense)) > 1e-3
+    assert jnp.max(abs(logits["flipout"] - logits["shared"])) > 1e-3
+
+
+def test_materialised_and_factored_agree():
+    values = []
+    for materialise in (False, True):
+        bayes, _, base, x = build("out-in", materialise=materialise)
+        sites = run(bayes, draw_params(bayes), base, x)
+        values.append(sites["logits"])
+    np.testing.assert_allclose(*values, rtol=1e-9)
+
+
+# --- files
+
+
+def test_an_adapter_is_saved_and_loaded(tmp_path):
+    for dtype in (jnp.float64, jnp.float32):
+        bayes, _, _, _ = build("nnx", dtype)
+        params = draw_params(bayes)
+        blob.save(bayes, params, tmp_path / "adapter.safetensors")
+        loaded = blob.load(bayes, tmp_path / "adapter.safetensors")
+        assert set(loaded) == set(params)
+        for name in params:
+            np.testing.assert_array_equal(loaded[name], params[name])
+            assert loaded[name].dtype == params[name].dtype
+    for options, message in (
+        ({"rank": 3}, "another shape"),
+        ({"alpha": 1.0}, "saved with scale"),
+        ({"prior_scale": 1.0}, "saved with prior_scale"),
+    ):
+        other, _, _, _ = build("nnx", **options)
+        with pytest.raises(ValueError, match=message):
+            blob.load(other, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="does not hold the factors"):
+        blob.save(bayes, {"w": jnp.ones(3)}, tmp_path / "adapter.safetensors")
+
+
+def test_without_safetensors_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    bayes, params = simple()
+    with pytest.raises(ImportError, match=r"probbp\[models\]"):
+        blob.save(bayes, params, tmp_path / "adapter")
+    with pytest.raises(ImportError, match=r"probbp\[models\]"):
+        blob.load(bayes, tmp_path / "adapter")
+
+
+# --- errors
+
+
+def make(**options):
+    options = {"apply_fn": pooled, "params": BASE, "target": "^w$", "example": (MANY,)} | options
+    return bayesian_lora(**options)
+
+
+# name -> (options, error, words)
+WRONG = {
+    "no match": ({"target": "query"}, ValueError, r"No weight's name.*\['head', 'w'\]"),
+    "not a product": (
+        {"params": BASE | {"unused": jnp.ones((2, 2))}, "target": ""},
+        ValueError,
+        "multiplies nothing by 'unused'",
+    ),
+    "a sum": (
+        {
+            "apply_fn": lambda base, x: pooled(base, x) + base["bias"][0],
+            "params": BASE | {"bias": jnp.ones((1, CLASSES))},
+            "target": "bias",
+        },
+        ValueError,
+        "'bias' enters",
+    ),
+    "integers": (
+        {"params": BASE | {"w": jnp.ones((WIDTH, 6), jnp.int8)}},
+        ValueError,
+        "'w' is of int8",
+    ),
+    "not an array": ({"params": BASE | {"act": jnp.tanh}}, TypeError, "equinox.partition"),
+    "names that clash": (
+        {"params": BASE | {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}},
+        ValueError,
+        "same name",
+    ),
+    "rank": ({"rank": 0}, ValueError, "rank must be at least 1"),
+    "alpha": ({"alpha": 0.0}, ValueError, "alpha must be positive"),
+    "prior": ({"prior_scale": -1.0}, ValueError, "prior_scale must be positive"),
+    "start": ({"init_std": 0.0}, ValueError, "init_std must be positive"),
+    "noise": ({"noise": "token"}, ValueError, "noise must be 'flipout'"),
+    "dtype": ({"dtype": jnp.bfloat16}, ValueError, "at least single precision"),
+    "batch": (
+        {"apply_fn": lambda base, x, m: pooled(base, x * m), "example": (MANY, jnp.ones(()))},
+        ValueError,
+        "first axis of every input",
+    ),
+    "output": (
+        {"apply_fn": lambda base, x: pooled(base, x).sum(0)},
+        ValueError,
+        "must return the 12 examples on the first axis",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name):
+    options, error, words = WRONG[name]
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+def test_calls_that_are_wrong_are_said_so():
+    bayes, params = simple()
+    with pytest.raises(ValueError, match="noise must be"):
+        elbo(bayes, params, noise="token")
+    with pytest.raises(ValueError, match="kl_weight must not be negative"):
+        elbo(bayes, params, kl_weight=-1.0)
+    with pytest.raises(ValueError, match="num_samples must not be negative"):
+        blob.predict(bayes, KEY, params, BASE, MANY, num_samples=-1)
+    with pytest.raises(ValueError, match="schedule must be"):
+        blob.svi(bayes, optax.sgd(0.1), schedule="kick")
+    with pytest.raises(ValueError, match="needs a cycle"):
+        blob.svi(bayes, optax.sgd(0.1), schedule="blob")
+    with pytest.raises(ValueError, match="cycle must be at least 1"):
+        blob.alternating(optax.sgd(0.1), prior_scale=0.2, cycle=0)
+    sequence = make(likelihood=lambda logits: dist.Normal(logits, 1.0))
+    with pytest.raises(ValueError, match="likelihood has batch shape"):
+        Predictive(sequence.model, num_samples=1)(KEY, BASE, MANY)
+    unseeded = substitute(bayes.model, params | {"w_A": params["w_loc"]})
+    with pytest.raises(ValueError, match="needs a key"):
+        unseeded(BASE, MANY, y=LABELS)
+
+
+@pytest.mark.parametrize("module", ["lora", "blob"])
+def test_docstrings_run(module):
+    assert doctest.testmod(importlib.import_module(f"probbp.models.{module}")).failed == 0
