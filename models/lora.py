@@ -369,7 +369,7 @@ def _transpose(adapted, permutation):
     return _replace(adapted, weight, factors, "".join(roles[axis] for axis in permutation))
 
 
-def _dot_general(lhs, rhs, *, dimension_numbers, precision, **params):
+def _dot_general(lhs: Any, rhs: Any, *, dimension_numbers, precision, **params):
     """W x + scale B [A x + (delta (x o s)) o t], in whatever order the axes come."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     base = (
