@@ -379,11 +379,10 @@ def _dot_general(lhs: Any, rhs: Any, *, dimension_numbers, precision, **params):
     out = jax.lax.dot_general_p.bind(
         *base, dimension_numbers=dimension_numbers, precision=precision, **params
     )
-    adapted, contract, batch, x, x_contract, x_batch = (
-        (lhs, lhs_contract, lhs_batch, rhs, rhs_contract, rhs_batch)
-        if isinstance(lhs, _Adapted)
-        else (rhs, rhs_contract, rhs_batch, lhs, lhs_contract, lhs_batch)
-    )
+    sides = [(lhs, lhs_contract, lhs_batch), (rhs, rhs_contract, rhs_batch)]
+    if not isinstance(lhs, _Adapted):
+        sides.reverse()
+    (adapted, contract, batch), (x, x_contract, x_batch) = sides
     roles = _roles(adapted)
     ins, batches = _axes(roles, "i"), _axes(roles, "b")
     if sorted(contract) != ins or sorted(batch) != batches:
