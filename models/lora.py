@@ -388,7 +388,7 @@ def _dot_general(lhs: Any, rhs: Any, *, dimension_numbers, precision, **params):
     if sorted(contract) != ins or sorted(batch) != batches:
         raise _no_rule(adapted.name, "a product over other axes than in the example")
     a, b, delta, in_signs, out_signs = adapted.factors
-    x = jax.lax.convert_element_type(x, jnp.promote_types(x.dtype, a.dtype))
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, a.dtype))
     num_batch = len(batches)
     batch_of_factor = [batches.index(axis) for axis in batch]
     ins_of_factor = [num_batch + 1 + ins.index(axis) for axis in contract]
