@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+SOURCES = sorted({*(ROOT / "probbp").rglob("*.py"), *(ROOT / "probbp" / "models").glob("*.py")})
 MODULES = [
-    "probbp." + ".".join(path.relative_to(ROOT / "probbp").with_suffix("").parts)
-    for path in sorted((ROOT / "probbp").rglob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in SOURCES
     if path.name != "__init__.py"
 ]
 

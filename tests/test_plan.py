@@ -30,7 +30,10 @@ HOSTS = {
     },
     "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
-    "models": {"jax", "numpy", "numpyro", "optax", "flax", "equinox", "quax", "safetensors"},
+    "models": {
+        *("jax", "numpy", "numpyro", "optax", "arviz"),
+        *("flax", "equinox", "quax", "safetensors"),
+    },
 }
 # The one exception: `sample` hands its chains to ArviZ, at the end and not at import.
 EXCEPTIONS = {("samplers/chains.py", "diagnostics")}

@@ -159,9 +159,9 @@ def test_the_target_is_invariant_under_random_derivatives(name):
     if "wrong" in name:
         pytest.skip("a field that ignores its function has no derivative to be random")
     key = jax.random.fold_in(jax.random.key(3), list(ALGORITHMS).index(name))
-    for target in map(TARGETS.get, ("f2", "mix")):
-        algorithm = build(name, with_a_random_derivative(target.logdensity_fn))
-        assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS, target.name
+    target = TARGETS["mix"]
+    algorithm = build(name, with_a_random_derivative(target.logdensity_fn))
+    assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS
 
 
 @every_algorithm
