@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from probbp.models import checkpoints
+from probbp.models import blob, checkpoints, lora
 
 STORED = Path(__file__).with_suffix(".json")
 TINY = {
@@ -254,6 +255,34 @@ def assert_equal(a, b, atol=3e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, np.max(np.abs(b))))
 
     jax.tree.map(leaf, a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2, classifier", "qwen3", "bert", "roberta"])
+def test_a_checkpoint_is_adapted_unedited(name, tmp_path):
+    """A low-rank update in the products is the dense weight."""
+    checkpoint = checkpoints.load(write(tmp_path, CONFIGS[name]))
+    ids, mask = map(jnp.asarray, tokens(CONFIGS[name]))
+    bayes = blob.bayesian_lora(
+        checkpoint.apply_fn,
+        checkpoint.params,
+        target=r"(q_proj|v_proj|self\.query|self\.value)\.weight",
+        example=(ids, mask),
+        rank=2,
+        likelihood=lambda logits: dist.Categorical(logits=logits.reshape(3, -1)),
+    )
+    assert len(bayes.layouts) == 2 * CONFIGS[name]["num_hidden_layers"]
+    factors = {
+        weight: lora.Factors(
+            0.1 * jax.random.normal(jax.random.key(i), layout.shape_of_a(2)),
+            0.1 * jax.random.normal(jax.random.key(-i), layout.shape_of_b(2)),
+        )
+        for i, (weight, layout) in enumerate(bayes.layouts.items())
+    }
+    adapted = bayes.apply(checkpoint.params, factors, ids, mask)
+    merged = lora.merge(checkpoint.params, bayes.layouts, factors, bayes.scale)
+    dense = checkpoint.apply_fn(merged, ids, mask)
+    assert_equal(adapted, dense)
+    assert np.max(np.abs(dense - checkpoint.apply_fn(checkpoint.params, ids, mask))) > 1e-3
 
 
 @every_config
