@@ -100,7 +100,6 @@ for ax, (name, p) in zip(axes, probs.items(), strict=True):
     ax.set_title(name)
 figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "blob.png")
 
-# The draws as an object for ArviZ, here of three images.
-data = blob.to_arviz({"logits": draws[:, :3]}, {"y": labels[test][:3]})
-predictive = data.posterior_predictive
-print("\n", az.summary(predictive.isel(logits_dim_1=slice(0, 3)), kind="stats").to_string(), sep="")
+# The draws as an object for ArviZ, here the logits of one image.
+data = blob.to_arviz({"logits": draws[:, 0]}, {"y": labels[test][0]})
+print("\n", az.summary(data, group="posterior_predictive", kind="stats").to_string(), sep="")
