@@ -94,7 +94,8 @@ def forward(
             num_params = optax.tree.size(params)
             weight = (1.0 if tangents == "gaussian" else num_params) / num_tangents
             # The tangents must not depend on what the function draws.
-            one_fun = keyed(fun, jax.random.fold_in(rng_key, 0))
+            key_tangents, key_fun = jax.random.split(rng_key)
+            one_fun = keyed(fun, key_fun)
 
             def pushforward(tangent):
                 value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
@@ -109,7 +110,7 @@ def forward(
                 )
 
             # What a batch needs to draw its tangents: keys, but for orthogonal ones the tangents.
-            seeds, draw = jax.random.split(rng_key, num_tangents), jax.vmap(draw_one(params))
+            seeds, draw = jax.random.split(key_tangents, num_tangents), jax.vmap(draw_one(params))
             if tangents == "orthogonal":
                 seeds, draw = _orthonormalised(draw(seeds)), lambda frame: frame
             return _summed(batch_fn, seeds, batch_size)

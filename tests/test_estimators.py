@@ -87,6 +87,20 @@ def test_a_function_s_own_key_hangs_on_the_estimator_s(name):
     assert jnp.all(jnp.abs(grads["a"].mean(axis=0) - exact) < 4.5 * error)
 
 
+def test_tangents_share_no_key_with_the_function():
+    """A function that draws as `forward` does: with one key for both its derivative is tripled."""
+
+    def squares(params, rng_key):
+        noise = optax.tree.random_like(rng_key, params)
+        return jnp.sum(substitute(params["a"], noise["a"] ** 2 * params["a"]))
+
+    one = {"a": jnp.ones(6)}
+    keys = jax.random.split(jax.random.key(6), 20_000)
+    _, grads = jax.jit(jax.vmap(forward()(squares), in_axes=(0, None)))(keys, one)
+    error = grads["a"].std(axis=0) / np.sqrt(len(keys))
+    assert jnp.all(jnp.abs(grads["a"].mean(axis=0) - 1) < 4.5 * error)
+
+
 @pytest.mark.parametrize(
     ("tangents", "relative_variance"),
     [

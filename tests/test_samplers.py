@@ -458,7 +458,7 @@ def test_no_reverse_pass_is_in_the_program(name):
         )[1]
         return forward_only(x), slope
 
-    with pytest.raises((ValueError, TypeError, NotImplementedError)):
+    with pytest.raises(ValueError, match="[Rr]everse-mode"):
         jax.grad(forward_only)(jnp.ones(3))
     factory, step_size = FORWARD[name]
     algorithm = factory(forward_only, step_size)
