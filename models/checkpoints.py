@@ -6,7 +6,6 @@ a regular expression selects it and what is trained can be written back under th
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from probbp.models.rotary import rotary, rotate
 
 
 class Checkpoint(NamedTuple):
@@ -153,13 +154,6 @@ _SUPPORTED = {
         for f in _DECODERS + _ENCODERS
         for h in ("ForSequenceClassification", "Model")
     },
-}
-_ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (),
 }
 # Tensors in the body of some checkpoints that are no parameters, or that another head uses.
 _UNUSED = r"rotary_emb\.inv_freq$|position_ids$|pooler\.dense\.(weight|bias)$|^(cls|lm_head)\."
@@ -303,7 +297,7 @@ def _decoder(config, family, head, body, attention, remat):
     num_heads, num_groups, head_dim = _sizes(config, family)
     eps = config.get("rms_norm_eps", 1e-6)
     activation = _activation(config, "silu")
-    rotary = _rotary(config, family, head_dim)
+    rotary_tables = rotary(config, head_dim, longest=2048 if family == "Llama" else 32_768)
     windows = _windows(config, family)
     pad = config.get("pad_token_id")
 
@@ -316,8 +310,8 @@ def _decoder(config, family, head, body, attention, remat):
 
         normed = _rms_norm(hidden, params["input_layernorm.weight"], eps)
         mixed = attention(
-            _rotate(heads("q", num_heads), cos, sin),
-            _rotate(heads("k", num_groups), cos, sin),
+            rotate(heads("q", num_heads), cos, sin),
+            rotate(heads("k", num_groups), cos, sin),
             heads("v", num_groups),
             mask=mask,
             is_causal=True,
@@ -342,7 +336,7 @@ def _decoder(config, family, head, body, attention, remat):
     ):
         input_ids, attention_mask, position_ids = _inputs(input_ids, attention_mask, position_ids)
         hidden = jnp.take(params[f"{body}embed_tokens.weight"], input_ids, axis=0)
-        cos, sin = (table.astype(hidden.dtype) for table in rotary(position_ids))
+        cos, sin = (table.astype(hidden.dtype) for table in rotary_tables(position_ids))
         states = [hidden]
         for index, window in enumerate(windows):
             mask = _mask(attention_mask, input_ids.shape[1], window)
@@ -394,105 +388,6 @@ def _last(input_ids, attention_mask, pad):
     else:
         is_token = jnp.ones(input_ids.shape, bool)
     return jnp.argmax(jnp.arange(input_ids.shape[1]) * is_token, axis=1)
-
-
-# --- rotary positions (Su et al., 2021, arXiv:2104.09864)
-
-
-def _rotary(config, family, head_dim):
-    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"Rotary positions that differ by layer are not supported: {rope}.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise ValueError(
-            f"Rotary positions of type {kind!r} are not supported. Supported are "
-            f"{', '.join(_ROPE_TYPES)}."
-        )
-    missing = [name for name in _ROPE_TYPES[kind] if rope.get(name) is None]
-    if missing:
-        raise ValueError(f"Rotary positions of type {kind!r} lack {', '.join(missing)}: {rope}.")
-    base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial} is not supported, only 1.")
-    if head_dim % 2:
-        raise ValueError(f"Rotary positions turn pairs, but a head has {head_dim} features.")
-    trained = config.get("max_position_embeddings", 2048 if family == "Llama" else 32_768)
-    # Where it is written outside, it takes precedence.
-    original = config.get("original_max_position_embeddings")
-    original = original or rope.get("original_max_position_embeddings") or trained
-    factor = rope.get("factor") or trained / original
-    frequencies = {
-        "default": lambda longest: _frequencies(base, head_dim),
-        "linear": lambda longest: _frequencies(base, head_dim) / factor,
-        "dynamic": lambda longest: _dynamic(base, head_dim, factor, trained, longest),
-        "llama3": lambda longest: _llama3(base, head_dim, factor, rope, original),
-        "yarn": lambda longest: _yarn(base, head_dim, factor, rope, original),
-    }[kind]
-    amplitude = _yarn_amplitude(factor, rope) if kind == "yarn" else 1.0
-
-    def tables(position_ids):
-        # cos and sin, (batch or 1, time, 1, head_dim); the two halves of a head turn together.
-        omega = frequencies(jnp.max(position_ids) + 1)
-        angles = position_ids[:, :, None].astype(jnp.float32) * omega
-        angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-        return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
-
-    return tables
-
-
-def _rotate(x, cos, sin):
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def _frequencies(base, head_dim):
-    return 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-
-
-def _dynamic(base, head_dim, factor, trained, longest):
-    # The base grows with a sequence longer than those of the training ("NTK-aware").
-    stretch = jnp.maximum(longest, trained).astype(jnp.float32) / trained
-    stretch = factor * stretch - (factor - 1)
-    return _frequencies(base * stretch ** (head_dim / (head_dim - 2)), head_dim)
-
-
-def _llama3(base, head_dim, factor, rope, original):
-    # Long waves are stretched by the factor, short ones are not, those between by interpolation.
-    omega = _frequencies(base, head_dim)
-    turns = original * omega / (2 * math.pi)  # of a wave over the training's sequences
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    return kept * omega + (1 - kept) * omega / factor
-
-
-def _yarn(base, head_dim, factor, rope, original):
-    # Peng et al., 2023, arXiv:2309.00071: the same with a ramp over the index of the wave.
-    def index(turns):
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    first, last = index(rope.get("beta_fast") or 32), index(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001)
-    kept = 1 - jnp.clip(ramp, 0, 1)
-    omega = _frequencies(base, head_dim)
-    return kept * omega + (1 - kept) * omega / factor
-
-
-def _yarn_amplitude(factor, rope):
-    # Attention is sharpened, by longer queries and keys, as sequences grow.
-    def amplitude(weight):
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return amplitude(rope["mscale"]) / amplitude(rope["mscale_all_dim"])
-    return amplitude(1.0)
 
 
 # --- BERT, RoBERTa

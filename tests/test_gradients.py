@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax import stages
 
-from probbp.diagnostics.gradients import gradient_quality, plot_gradient_quality
+from probbp.diagnostics import gradient_quality, plot_gradient_quality
 from probbp.estimators import averaged, forward, reverse, through
 
 D = 12  # parameters of `fun`, in three leaves

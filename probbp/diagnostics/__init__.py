@@ -7,7 +7,8 @@ from probbp.diagnostics.calibration import (
     negative_log_likelihood,
     reliability_diagram,
 )
-from probbp.diagnostics.gradients import GradientQuality, gradient_quality, plot_gradient_quality
+from probbp.diagnostics.gradient_plot import plot_gradient_quality
+from probbp.diagnostics.gradients import GradientQuality, gradient_quality
 from probbp.diagnostics.sbc import (
     RankStatistics,
     numpyro_simulator,
