@@ -15,6 +15,7 @@ network carries the factor B, which starts at zero.
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from numpyro.handlers import lift
 from numpyro.handlers import scale as scaled
 from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
 
@@ -266,6 +268,11 @@ def std(g: jax.Array) -> jax.Array:
     return g * g + jnp.finfo(g.dtype).eps
 
 
+def root_of_std(std: jax.Array) -> jax.Array:
+    """Return G for a posterior's standard deviation, the inverse of `std`."""
+    return jnp.sqrt(jnp.maximum(std - jnp.finfo(std.dtype).eps, 0))
+
+
 def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the divergence of posterior from prior, in nats, for each adapted weight.
 
@@ -452,7 +459,8 @@ def predict(
     Args:
         lora: from `bayesian_lora`.
         rng_key: a key.
-        params: of SVI.
+        params: of SVI; with `w_B_g` beside `w_B`, as `probbp.models.ivon.posterior` gives it, B is
+            drawn as well, one for all examples.
         base: the network's parameters.
         inputs: as the network takes them.
         num_samples: draws; 0 for the posterior's mean, A = M, in the place of a draw.
@@ -466,10 +474,15 @@ def predict(
     if num_samples == 0:
         logits = lora.apply(base, _factors(lora, params), *inputs)
         return jax.tree.map(lambda leaf: leaf[None], logits)
+    random = {
+        f"{name}_B": dist.Normal(params[f"{name}_B"], std(params[f"{name}_B_g"])).to_event()
+        for name in lora.layouts
+        if f"{name}_B_g" in params
+    }
     predictive = Predictive(
-        partial(lora.model, noise=noise),
+        lift(partial(lora.model, noise=noise), random),
         guide=lora.guide,
-        params=dict(params),
+        params={name: leaf for name, leaf in params.items() if name not in random},
         num_samples=num_samples,
         return_sites=["logits"],
     )
@@ -511,7 +524,8 @@ def merge(
         lora: from `bayesian_lora`.
         params: of SVI.
         base: the network's parameters.
-        sample: one draw of the sites `w_A`; the posterior's mean by default.
+        sample: one draw of the sites `w_A`, and `w_B` where B is random; the posterior's mean by
+            default.
 
     Returns:
         A pytree like `base`, in its dtypes.
@@ -519,47 +533,67 @@ def merge(
     return low_rank.merge(base, lora.layouts, _factors(lora, params, sample), lora.scale)
 
 
-def save(lora: BayesianLora, params: Mapping[str, jax.Array], file: str | os.PathLike[str]) -> None:
-    """Write the adapter to a safetensors file: M, G and B of each weight, without the network.
+def save(
+    lora: BayesianLora,
+    params: Mapping[str, jax.Array],
+    path: str | os.PathLike[str],
+    *,
+    format: Literal["safetensors", "orbax"] = "safetensors",
+) -> None:
+    """Write the adapter: M, G and B of each weight, without the network.
 
     Args:
         lora: from `bayesian_lora`.
-        params: of SVI.
-        file: where to.
+        params: of SVI, or a posterior of both factors.
+        path: where to: a file for "safetensors", a directory that is not there yet for "orbax".
+        format: "safetensors", which PyTorch reads as well, or "orbax", a checkpoint of JAX's own
+            kind, which several hosts write together and which may lie in a cloud's bucket.
 
     Raises:
-        ImportError: without the package safetensors.
-        ValueError: where `params` are not those of `lora`.
+        ImportError: without the package of that format.
+        ValueError: where `params` are not those of `lora`, or for another format.
     """
     _check_params(lora, {name: leaf.shape for name, leaf in params.items()}, "params")
-    arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
-    _safetensors().numpy.save_file(arrays, file, metadata=_metadata(lora))
+    if format == "orbax":
+        with _orbax() as (ocp, checkpointer):
+            items = ocp.args.Composite(
+                params=ocp.args.StandardSave({name: jnp.asarray(v) for name, v in params.items()}),
+                options=ocp.args.JsonSave(_metadata(lora)),
+            )
+            checkpointer.save(os.path.abspath(path), items)
+    elif format == "safetensors":
+        arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
+        _safetensors().numpy.save_file(arrays, path, metadata=_metadata(lora))
+    else:
+        raise ValueError(f"format must be 'safetensors' or 'orbax', got {format!r}.")
 
 
-def load(lora: BayesianLora, file: str | os.PathLike[str]) -> dict[str, jax.Array]:
+def load(lora: BayesianLora, path: str | os.PathLike[str]) -> dict[str, jax.Array]:
     """Read an adapter that `save` wrote, as parameters of SVI (`init_params`) and `predict`.
 
     Args:
         lora: from `bayesian_lora`, for the same network and with the same options.
-        file: where from.
+        path: where from. A directory is a checkpoint of Orbax, a file one of safetensors.
+
+    Returns:
+        Names to arrays, in the dtypes that `lora` gives its factors.
 
     Raises:
-        ImportError: without the package safetensors.
-        ValueError: where the file is that of another network, rank, alpha or prior.
+        ImportError: without the package of that format.
+        ValueError: where the adapter is that of another network, rank, alpha or prior.
     """
-    with _safetensors().safe_open(file, framework="numpy") as tensors:
-        metadata = tensors.metadata() or {}
-        arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
-    _check_params(lora, {name: leaf.shape for name, leaf in arrays.items()}, str(file))
+    read = _load_orbax if os.path.isdir(path) else _load_safetensors
+    arrays, metadata = read(lora, path)
     for name, value in _metadata(lora).items():
         if name in metadata and metadata[name] != value:
             raise ValueError(
-                f"{file} was saved with {name} {metadata[name]}, and lora has {value}."
+                f"{path} was saved with {name} {metadata[name]}, and lora has {value}."
             )
     return {
         f"{name}_{part}": jnp.asarray(arrays[f"{name}_{part}"], dtype)
         for name, dtype in lora.dtypes.items()
-        for part in ("loc", "g", "B")
+        for part in ("loc", "g", "B", "B_g")
+        if f"{name}_{part}" in arrays
     }
 
 
@@ -645,7 +679,10 @@ def _kl(loc, g, prior_scale):
 def _factors(lora, params, sample=None):
     sample = {} if sample is None else sample
     return {
-        name: Factors(sample.get(f"{name}_A", params[f"{name}_loc"]), params[f"{name}_B"])
+        name: Factors(
+            sample.get(f"{name}_A", params[f"{name}_loc"]),
+            sample.get(f"{name}_B", params[f"{name}_B"]),
+        )
         for name in lora.layouts
     }
 
@@ -655,6 +692,8 @@ def _check_params(lora, shapes, where):
     for name, layout in lora.layouts.items():
         expected[f"{name}_loc"] = expected[f"{name}_g"] = layout.shape_of_a(lora.rank)
         expected[f"{name}_B"] = layout.shape_of_b(lora.rank)
+        if f"{name}_B_g" in shapes:
+            expected[f"{name}_B_g"] = layout.shape_of_b(lora.rank)
     wrong = sorted(
         name for name in expected | shapes if tuple(shapes.get(name, ())) != expected.get(name)
     )
@@ -673,6 +712,32 @@ def _metadata(lora):
     }
 
 
+def _load_safetensors(lora, path):
+    with _safetensors().safe_open(path, framework="numpy") as tensors:
+        arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+        metadata = tensors.metadata() or {}
+    _check_params(lora, {name: leaf.shape for name, leaf in arrays.items()}, str(path))
+    return arrays, metadata
+
+
+def _load_orbax(lora, path):
+    path = os.path.abspath(path)
+    with _orbax() as (ocp, checkpointer):
+        # Shapes first: Orbax would cut or pad arrays of another shape.
+        stored = checkpointer.metadata(path).item_metadata["params"]
+        _check_params(lora, {name: leaf.shape for name, leaf in stored.items()}, path)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in stored.items()
+        }
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(target), options=ocp.args.JsonRestore()
+        )
+        restored = checkpointer.restore(path, items)
+    return restored["params"], restored["options"]
+
+
 def _safetensors():
     try:
         import safetensors.numpy
@@ -681,3 +746,18 @@ def _safetensors():
             "save and load need the package safetensors: pip install 'probbp[models]'."
         ) from error
     return safetensors
+
+
+@contextmanager
+def _orbax():
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints of Orbax need the package orbax-checkpoint: pip install 'probbp[runs]'."
+        ) from error
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(), options=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        yield ocp, checkpointer
