@@ -202,6 +202,12 @@ def bayesian_lora(
         raise ValueError(f"rank must be at least 1, got {rank}.")
     _check_noise(noise)
     layouts = low_rank.layouts(apply_fn, params, target, example, materialise=materialise)
+    clash = [name for name in layouts if f"{name}_B" in layouts]
+    if clash:
+        raise ValueError(
+            f"{clash[0]!r} and {clash[0] + '_B'!r} would share the name of a parameter. Narrow "
+            "target, or rename one."
+        )
     if dtype is not None and jnp.finfo(dtype).bits < 32:
         raise ValueError(
             f"The factors need at least single precision, not {jnp.dtype(dtype)}: their deviations "
@@ -546,8 +552,7 @@ def save(
         lora: from `bayesian_lora`.
         params: of SVI, or a posterior of both factors.
         path: where to: a file for "safetensors", a directory that is not there yet for "orbax".
-        format: "safetensors", which PyTorch reads as well, or "orbax", a checkpoint of JAX's own
-            kind, which several hosts write together and which may lie in a cloud's bucket.
+        format: "safetensors", which PyTorch reads as well, or "orbax", JAX's own checkpoints.
 
     Raises:
         ImportError: without the package of that format.
@@ -722,6 +727,8 @@ def _load_safetensors(lora, path):
 
 def _load_orbax(lora, path):
     path = os.path.abspath(path)
+    if not os.path.isdir(os.path.join(path, "params")):
+        raise ValueError(f"The directory {path} is not an adapter that save wrote.")
     with _orbax() as (ocp, checkpointer):
         # Shapes first: Orbax would cut or pad arrays of another shape.
         stored = checkpointer.metadata(path).item_metadata["params"]

@@ -1,7 +1,7 @@
 """Bayesian low-rank adaptation: any network, three noises, two objectives, prediction, files."""
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 import equinox as eqx
 import flax.linen as nn
@@ -33,6 +33,7 @@ def double(params):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
 
 
+@cache
 def linen():
     class Network(nn.Module):
         @nn.compact
@@ -44,6 +45,7 @@ def linen():
     return network.apply, network.init(KEY, X)
 
 
+@cache
 def flax_nnx():
     class Network(nnx.Module):
         def __init__(self, rngs):
@@ -57,6 +59,7 @@ def flax_nnx():
     return lambda state, x: nnx.merge(graph, state)(x), state
 
 
+@cache
 def equinox():
     class Network(eqx.Module):
         attention: eqx.nn.MultiheadAttention
@@ -267,9 +270,7 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
     assert got.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    "name", ["linen", "nnx", "equinox", "out-in", "out-in, checkpoint", "scan"]
-)
+@pytest.mark.parametrize("name", ["nnx", "out-in", "out-in, checkpoint", "scan"])
 def test_the_network_is_itself_where_b_is_zero(name):
     bayes, apply_fn, base, x = build(name)
     params = draw_params(bayes)
@@ -278,23 +279,25 @@ def test_the_network_is_itself_where_b_is_zero(name):
     shared = run(bayes, params, base, x, noise="shared", compiled=False)["logits"]
     np.testing.assert_array_equal(shared, network)
     if name == "out-in":  # one by one, products are summed in another order
-        for noise in ("flipout", "independent"):
-            logits = run(bayes, params, base, x, noise=noise)["logits"]
-            np.testing.assert_allclose(logits, network, rtol=1e-12, atol=1e-12)
+        logits = run(bayes, params, base, x, noise="flipout")["logits"]
+        np.testing.assert_allclose(logits, network, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["out-in, checkpoint", "scan"])
-def test_forward_and_reverse_mode_agree(name):
+@pytest.mark.parametrize(("name", "noise"), [("out-in, checkpoint", "flipout"), ("scan", "shared")])
+def test_forward_and_reverse_mode_agree(name, noise):
     bayes, _, base, x = build(name)
     params = draw_params(bayes)
-    y = jnp.array([0, 1, 2])
+    options = {"y": jnp.array([0, 1, 2]), "noise": noise}
 
     def loss(params):
-        return TraceMeanField_ELBO().loss(KEY, params, bayes.model, bayes.guide, base, x, y=y)
+        return TraceMeanField_ELBO().loss(KEY, params, bayes.model, bayes.guide, base, x, **options)
 
-    tangent = jax.tree.map(jnp.ones_like, params)
-    _, slope = jax.jit(lambda: jax.jvp(loss, (params,), (tangent,)))()
-    grad = jax.jit(jax.grad(loss))(params)
+    @jax.jit
+    def both(params):
+        tangent = jax.tree.map(jnp.ones_like, params)
+        return jax.jvp(loss, (params,), (tangent,))[1], jax.grad(loss)(params)
+
+    slope, grad = both(params)
     np.testing.assert_allclose(slope, sum(leaf.sum() for leaf in grad.values()), rtol=1e-5)
     assert all(jnp.any(leaf != 0) for leaf in grad.values())
 
@@ -356,26 +359,30 @@ def test_flipout_flips_the_deviation_of_the_draw():
     assert 5 < jnp.sum(deviation[:, 0] > 0) < 35
 
 
-def test_three_noises_have_one_mean_and_fewer_errors_where_examples_differ():
+@pytest.fixture(scope="module")
+def estimates():
+    """Return losses and gradients over keys for each noise, without the divergence."""
     bayes, params = simple(prior_scale=1.0)
-    keys = jax.random.split(KEY, 600)
-    losses, grads = {}, {}
-    for noise in ("shared", "flipout", "independent"):
-        loss = partial(elbo, bayes, noise=noise)
+
+    def of(noise):
+        loss = partial(elbo, bayes, noise=noise, kl_weight=0.0)
         value_and_grad = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))
-        losses[noise], grads[noise] = jax.jit(value_and_grad)(params, keys)
-    for noise in ("flipout", "independent"):
-        pairs = [(losses["shared"], losses[noise])]
-        pairs += [(grads["shared"][name], grads[noise][name]) for name in params]
-        for shared, other in pairs:
-            error = jnp.sqrt((shared.var(0) + other.var(0)) / len(keys))
-            assert jnp.all(abs(shared.mean(0) - other.mean(0)) < 4.5 * error)
-        for name in params:
-            ratio = grads[noise][name].var(0).sum() / grads["shared"][name].var(0).sum()
-            assert ratio < 0.7
+        return jax.jit(value_and_grad)(params, jax.random.split(KEY, 2_000))
+
+    return {noise: of(noise) for noise in ("shared", "flipout", "independent")}
 
 
-def test_signs_per_token_are_biased():
+@pytest.mark.parametrize("noise", ["flipout", "independent"])
+def test_the_noises_have_one_mean_and_fewer_errors_where_examples_differ(estimates, noise):
+    (losses, grads), (other_losses, other_grads) = estimates["shared"], estimates[noise]
+    for shared, other in [(losses, other_losses)] + [(grads[k], other_grads[k]) for k in grads]:
+        error = jnp.sqrt((shared.var(0) + other.var(0)) / len(losses))
+        assert jnp.all(abs(shared.mean(0) - other.mean(0)) < 4.5 * error)
+    for name in grads:
+        assert other_grads[name].var(0).sum() < 0.7 * grads[name].var(0).sum()
+
+
+def test_signs_per_token_are_biased(estimates):
     """They average out within an example: the loss is that of a smoother network."""
     bayes, params = simple(prior_scale=1.0)
     loc, g, b = (params[f"w_{part}"] for part in ("loc", "g", "B"))
@@ -390,18 +397,10 @@ def test_signs_per_token_are_biased():
         logits = hidden.mean(1) @ BASE["head"]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), LABELS[:, None], 1).sum()
 
-    keys = jax.random.split(KEY, 2_000)
-    means, errors = {}, {}
-    for noise in ("shared", "flipout", "independent"):
-        draws = jax.jit(jax.vmap(partial(elbo, bayes, params, noise=noise, kl_weight=0.0)))(keys)
-        means[noise], errors[noise] = draws.mean(), draws.std() / len(keys) ** 0.5
-    per_token = jax.jit(jax.vmap(loss_per_token))(keys)
-    error = per_token.std() / len(keys) ** 0.5
-    for noise in means:
-        assert per_token.mean() < means[noise] - 4 * np.hypot(error, errors[noise])
-    for noise in ("flipout", "independent"):
-        difference = abs(means[noise] - means["shared"])
-        assert difference < 4 * np.hypot(errors[noise], errors["shared"])
+    per_token = jax.jit(jax.vmap(loss_per_token))(jax.random.split(KEY, 2_000))
+    for losses, _ in estimates.values():
+        error = jnp.sqrt((per_token.var() + losses.var()) / len(losses))
+        assert per_token.mean() < losses.mean() - 4 * error
 
 
 def test_the_noises_meet_as_the_posterior_narrows():
@@ -420,9 +419,8 @@ def test_divergence_is_the_closed_form():
     mean, std = params["w_loc"], params["w_g"] ** 2
     by_hand = jnp.sum(jnp.log(0.3 / std) + (std**2 + mean**2) / (2 * 0.3**2) - 0.5)
     np.testing.assert_allclose(blob.kl(bayes, params)["w"], by_hand, rtol=1e-12)
-    parts = TraceMeanField_ELBO(sum_sites=False).loss(
-        KEY, params, bayes.model, bayes.guide, BASE, MANY, y=LABELS
-    )
+    loss = TraceMeanField_ELBO(sum_sites=False).loss
+    parts = jax.jit(lambda p: loss(KEY, p, bayes.model, bayes.guide, BASE, MANY, y=LABELS))(params)
     np.testing.assert_allclose(abs(parts["w_A"]), by_hand, rtol=1e-12)
 
 
@@ -475,14 +473,13 @@ def test_the_objective_s_weights():
 def test_a_one_sample_elbo_has_the_same_mean():
     bayes, params = simple(prior_scale=1.0)
     keys = jax.random.split(KEY, 2_000)
-    for weight in (1.0, 0.3):
-        options = {"noise": "shared", "kl_weight": weight}
-        exact, sampled = (
-            jax.jit(jax.vmap(partial(elbo, bayes, params, objective=objective, **options)))(keys)
-            for objective in (TraceMeanField_ELBO, Trace_ELBO)
-        )
-        error = (exact - sampled).std() / len(keys) ** 0.5
-        assert abs((exact - sampled).mean()) < 4 * error
+    options = {"noise": "shared", "kl_weight": 0.3}
+    exact, sampled = (
+        jax.jit(jax.vmap(partial(elbo, bayes, params, objective=objective, **options)))(keys)
+        for objective in (TraceMeanField_ELBO, Trace_ELBO)
+    )
+    error = (exact - sampled).std() / len(keys) ** 0.5
+    assert abs((exact - sampled).mean()) < 4 * error
 
 
 def test_parameters_start_as_in_the_paper():
@@ -498,9 +495,8 @@ def test_parameters_start_as_in_the_paper():
     assert 0.05 / 2**0.5 < params["w_g"].min() < params["w_g"].max() < 0.05
 
 
-@pytest.mark.parametrize("noise", ["shared", "flipout", "independent"])
-def test_numpyro_s_svi_fits_the_guide(noise):
-    bayes, _ = simple(noise=noise)
+def test_numpyro_s_svi_fits_the_guide():
+    bayes, _ = simple(noise="independent")
     labels = (LABELS + 1) % CLASSES  # what the network does not say
     machine = blob.svi(bayes, optax.adam(0.03))
     result = machine.run(KEY, 800, BASE, MANY, y=labels, kl_weight=0.1, progress_bar=False)
@@ -519,13 +515,15 @@ def test_the_network_is_an_argument_of_the_program():
         base = {"w": jnp.ones((WIDTH, width)), "head": jnp.ones((width, CLASSES))}
         bayes = bayesian_lora(pooled, base, target="^w$", example=(MANY,), rank=1)
         machine = blob.svi(bayes, optax.adam(0.01))
+        init = partial(machine.init, y=LABELS)
         step = jax.jit(lambda state, base, x, y, m=machine: m.update(state, base, x, y=y))
-        state = machine.init(KEY, base, MANY, y=LABELS)
+        state = jax.eval_shape(init, KEY, base, MANY)
         lengths.append(len(step.lower(state, base, MANY, LABELS).as_text()))
-        for _ in range(3):
-            state, _ = step(state, base, MANY, LABELS)
-        assert step._cache_size() == 1
     assert lengths[1] < 1.05 * lengths[0]
+    state = jax.jit(init)(KEY, base, MANY)
+    for _ in range(3):
+        state, _ = step(state, base, MANY, LABELS)
+    assert step._cache_size() == 1
 
 
 # --- the published rule
@@ -537,7 +535,7 @@ def test_the_published_rule_is_two_moves():
     rule = blob.alternating(
         optax.adam(0.1), prior_scale=0.2, cycle=3, kl_learning_rate=lambda count: 0.01 * (count + 1)
     )
-    adam = optax.adam(0.1)
+    adam, update = optax.adam(0.1), jax.jit(rule.update)
     state = rule.init(params)
     moments = adam.init({k: params[k] for k in ("w_loc", "w_B")})
     for step in range(5):
@@ -549,7 +547,7 @@ def test_the_published_rule_is_two_moves():
         want["w_loc"] -= rate * weight * want["w_loc"] / 0.2**2
         g = params["w_g"]
         want["w_g"] = g - rate * (grads["w_g"] + weight * (-2 / g + 2 * g**3 / 0.2**2))
-        moves, state = rule.update(grads, state, params)
+        moves, state = update(grads, state, params)
         params = optax.apply_updates(params, moves)
         for name in params:
             np.testing.assert_allclose(params[name], want[name], rtol=1e-6)
@@ -612,7 +610,12 @@ def test_nuts_over_a_agrees_with_the_guide():
     x = normal(0, 60, 3)
     y = (x @ jnp.array([1.0, -2.0, 0.5]) + 0.5 * normal(1, 60) > 0).astype(int)
     model = block(substitute(bayes.model, {"w_B": jnp.array([[-0.5], [0.5]])}), hide=["w_B"])
-    mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=500, progress_bar=False)
+    mcmc = MCMC(
+        NUTS(model, max_tree_depth=5),
+        num_warmup=200,
+        num_samples=500,
+        progress_bar=False,
+    )
     mcmc.run(KEY, base, x, y=y)
     draws = mcmc.get_samples()["w_A"]
     assert draws.shape == (500, 1, 3)
@@ -629,7 +632,7 @@ def test_nuts_over_a_agrees_with_the_guide():
 
 
 def test_the_mean_and_draws_are_those_of_merged_networks():
-    bayes, apply_fn, base, x = build("linen")
+    bayes, apply_fn, base, x = build("out-in")
     params = draw_params(bayes)
     mean = blob.predict(bayes, KEY, params, base, x, num_samples=0)
     assert mean.shape == (1, 3, CLASSES)
@@ -685,11 +688,8 @@ def test_prior_draws_need_no_guide():
 
 
 def test_draws_are_arviz_s():
-    bayes, params = simple()
-    draws = Predictive(bayes.model, guide=bayes.guide, params=params, num_samples=6)(
-        KEY, BASE, MANY
-    )
-    data = blob.to_arviz({k: draws[k] for k in ("logits", "y")}, {"y": LABELS})
+    draws = {"logits": normal(0, 6, 12, CLASSES), "y": jnp.ones((6, 12), int)}
+    data = blob.to_arviz(draws, {"y": LABELS})
     assert data["posterior_predictive"]["logits"].shape == (1, 6, 12, CLASSES)
     np.testing.assert_array_equal(data["observed_data"]["y"], LABELS)
     mean = data["posterior_predictive"]["logits"].mean(("chain", "draw"))
@@ -704,10 +704,9 @@ def test_weights_in_half_precision_have_factors_in_single(name):
     bayes, apply_fn, base, x = build(name, jnp.bfloat16)
     params = draw_params(bayes)
     assert all(leaf.dtype == jnp.float32 for leaf in params.values())
-    for noise in ("shared", "flipout"):
-        logits = run(bayes, params, base, x, noise=noise)["logits"]
-        assert logits.dtype == jnp.bfloat16
-        assert jnp.all(jnp.isfinite(logits.astype(float)))
+    logits = run(bayes, params, base, x, noise="flipout")["logits"]
+    assert logits.dtype == jnp.bfloat16
+    assert jnp.all(jnp.isfinite(logits.astype(float)))
     merged = blob.merge(bayes, params, base)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
 
@@ -715,9 +714,15 @@ def test_weights_in_half_precision_have_factors_in_single(name):
 def test_single_precision_stays():
     bayes, _, base, x = build("out-in", jnp.float32)
     machine = blob.svi(bayes, optax.adam(0.01))
-    params = machine.run(KEY, 2, base, x, y=jnp.zeros(3, int), progress_bar=False).params
-    assert all(leaf.dtype == jnp.float32 for leaf in params.values())
-    assert blob.predict(bayes, KEY, params, base, x).dtype == jnp.float32
+
+    def step(base, x):
+        y = jnp.zeros(3, int)
+        state, _ = machine.update(machine.init(KEY, base, x, y=y), base, x, y=y)
+        params = machine.get_params(state)
+        return params, blob.predict(bayes, KEY, params, base, x)
+
+    for leaf in jax.tree.leaves(jax.eval_shape(step, base, x)):
+        assert leaf.dtype == jnp.float32
     wide, _, _, _ = build("out-in", jnp.float32, dtype=jnp.float64)
     assert all(leaf.dtype == jnp.float64 for leaf in draw_params(wide).values())
 
@@ -789,15 +794,14 @@ def test_what_has_no_rule_is_named_and_materialised(name):
     dense = apply_fn(blob.merge(bayes, params, base), x)
     mean = blob.predict(bayes, KEY, params, base, x, num_samples=0)[0]
     np.testing.assert_allclose(mean, dense, rtol=1e-9)
-    logits = {n: run(bayes, params, base, x, noise=n)["logits"] for n in ("shared", "flipout")}
-    assert jnp.max(abs(logits["flipout"] - dense)) > 1e-3
-    assert jnp.max(abs(logits["flipout"] - logits["shared"])) > 1e-3
+    logits = run(bayes, params, base, x, noise="flipout")["logits"]
+    assert jnp.max(abs(logits - dense)) > 1e-3
 
 
 def test_materialised_and_factored_agree():
     values = []
     for materialise in (False, True):
-        bayes, _, base, x = build("out-in", materialise=materialise)
+        bayes, _, base, x = build("out-in, checkpoint", materialise=materialise)
         sites = run(bayes, draw_params(bayes), base, x)
         values.append(sites["logits"])
     np.testing.assert_allclose(*values, rtol=1e-9)
@@ -806,16 +810,23 @@ def test_materialised_and_factored_agree():
 # --- files
 
 
-def test_an_adapter_is_saved_and_loaded(tmp_path):
-    for dtype in (jnp.float64, jnp.float32):
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_an_adapter_is_saved_and_loaded(tmp_path, format):
+    for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
         bayes, _, _, _ = build("nnx", dtype)
         params = draw_params(bayes)
-        blob.save(bayes, params, tmp_path / "adapter.safetensors")
-        loaded = blob.load(bayes, tmp_path / "adapter.safetensors")
+        blob.save(bayes, params, tmp_path / dtype.__name__, format=format)
+        loaded = blob.load(bayes, tmp_path / dtype.__name__)
         assert set(loaded) == set(params)
         for name in params:
             np.testing.assert_array_equal(loaded[name], params[name])
             assert loaded[name].dtype == params[name].dtype
+    # In half precision on disk; the factors are single.
+    halves = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
+    blob.save(bayes, halves, tmp_path / "halves", format=format)
+    for name, leaf in blob.load(bayes, tmp_path / "halves").items():
+        np.testing.assert_array_equal(leaf, halves[name].astype(jnp.float32))
+        assert leaf.dtype == jnp.float32
     for options, message in (
         ({"rank": 3}, "another shape"),
         ({"alpha": 1.0}, "saved with scale"),
@@ -823,18 +834,35 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     ):
         other, _, _, _ = build("nnx", **options)
         with pytest.raises(ValueError, match=message):
-            blob.load(other, tmp_path / "adapter.safetensors")
+            blob.load(other, tmp_path / "float64")
     with pytest.raises(ValueError, match="does not hold the factors"):
-        blob.save(bayes, {"w": jnp.ones(3)}, tmp_path / "adapter.safetensors")
+        blob.save(bayes, {"w": jnp.ones(3)}, tmp_path / "adapter", format=format)
 
 
-def test_without_safetensors_the_error_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+def test_what_is_no_adapter_is_not_loaded(tmp_path):
     bayes, params = simple()
-    with pytest.raises(ImportError, match=r"probbp\[models\]"):
-        blob.save(bayes, params, tmp_path / "adapter")
-    with pytest.raises(ImportError, match=r"probbp\[models\]"):
+    with pytest.raises(ValueError, match="is not an adapter"):
+        blob.load(bayes, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        blob.load(bayes, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="format must be"):
+        blob.save(bayes, params, tmp_path / "adapter", format="pickle")
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "extra"),
+    [("safetensors", "safetensors.numpy", "models"), ("orbax", "orbax.checkpoint", "runs")],
+)
+def test_without_its_package_the_error_names_the_extra(
+    tmp_path, monkeypatch, format, package, extra
+):
+    bayes, params = simple()
+    blob.save(bayes, params, tmp_path / "adapter", format=format)
+    monkeypatch.setitem(sys.modules, package.split(".")[0], None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"probbp\[{extra}\]"):
+        blob.save(bayes, params, tmp_path / "other", format=format)
+    with pytest.raises(ImportError, match=rf"probbp\[{extra}\]"):
         blob.load(bayes, tmp_path / "adapter")
 
 
@@ -873,6 +901,15 @@ WRONG = {
         {"params": BASE | {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}},
         ValueError,
         "same name",
+    ),
+    "names of factors that clash": (
+        {
+            "apply_fn": lambda base, x: pooled(base, x) + x.mean(1) @ base["w_B"],
+            "params": BASE | {"w_B": jnp.ones((WIDTH, CLASSES))},
+            "target": "^w",
+        },
+        ValueError,
+        "'w' and 'w_B' would share",
     ),
     "rank": ({"rank": 0}, ValueError, "rank must be at least 1"),
     "alpha": ({"alpha": 0.0}, ValueError, "alpha must be positive"),

@@ -32,7 +32,7 @@ HOSTS = {
     "types": {"jax"},
     "models": {
         *("jax", "numpy", "numpyro", "optax", "arviz"),
-        *("flax", "equinox", "quax", "safetensors"),
+        *("flax", "equinox", "quax", "safetensors", "orbax"),
     },
 }
 # The one exception: `sample` hands its chains to ArviZ, at the end and not at import.
