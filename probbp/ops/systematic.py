@@ -1,0 +1,81 @@
+"""Systematic sampling: a random few entries of each row, a fixed number of slots, exact odds.
+
+Madow, 1949, doi:10.1214/aoms/1177729988.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_FAN_OUT = 16  # children of a node in the search
+
+
+def systematic(
+    uniform: jax.Array, inclusion: jax.Array, num_slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """Choose at most `num_slots` entries of each row, with given probabilities.
+
+    The entries are laid end to end, each as long as its probability, and every entry that holds one
+    of the points u, u + 1, u + 2, ... is chosen. An entry is hit with its probability exactly, and
+    the number of hits is the sum of the probabilities, rounded down or up. Where that sum exceeds
+    `num_slots` the points are spread further apart, so that nothing overflows: all probabilities
+    are then divided by the spacing, which is returned.
+
+    A point is found by descending through sums of 16, 256, ... entries: no sort and no cumulative
+    sum of the row.
+
+    Args:
+        uniform: (...), one number in [0, 1) a row.
+        inclusion: (..., n), probabilities in [0, 1].
+        num_slots: how many points are looked up.
+
+    Returns:
+        `indices`, (..., num_slots), integers in ascending order, n in slots that stay empty; and
+        `spacing`, (...), at least 1: entry j is chosen with probability inclusion_j / spacing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> indices, spacing = systematic(jnp.array(0.3), jnp.array([0.5, 1.0, 0.2, 0.3]), 2)
+        >>> indices.tolist(), float(spacing)
+        ([0, 1], 1.0)
+    """
+    num_entries = inclusion.shape[-1]
+    levels = [inclusion]  # the entries, their sums by 16, the sums of these, ...
+    while levels[-1].shape[-1] > _FAN_OUT:
+        levels.append(jnp.sum(_families(levels[-1]), axis=-1))
+    total = jnp.sum(levels[-1], axis=-1)
+    spacing = jnp.maximum(1, total / num_slots)
+    points = (uniform[..., None] + jnp.arange(num_slots)) * spacing[..., None]
+    # `rest` is how far behind the start of the current node a point lies.
+    indices, rest = jnp.zeros(points.shape, jnp.int32), points
+    for level in reversed(levels):
+        children = jnp.take_along_axis(
+            _families(level), indices[..., None], axis=-2, mode="promise_in_bounds"
+        )
+        child, rest = _find(children, rest)
+        indices = _FAN_OUT * indices + child
+    is_hit = (points < total[..., None]) & (indices < num_entries)
+    return jnp.where(is_hit, indices, num_entries), spacing
+
+
+def _families(level):
+    """Return (..., n) as (..., n / 16, 16), filled up with zeros."""
+    *rows, length = level.shape
+    padding = -length % _FAN_OUT
+    if padding:
+        level = jnp.pad(level, [(0, 0)] * len(rows) + [(0, padding)])
+    return level.reshape(*rows, -1, _FAN_OUT)
+
+
+def _find(lengths, rest):
+    """Return which of the lengths, laid end to end, a point falls on, and how far behind its start.
+
+    A sum for each, written out: XLA makes one loop of them, and none of `jnp.cumsum`.
+    """
+    end = start = jnp.zeros_like(rest)
+    index = jnp.zeros(rest.shape, jnp.int32)
+    for i in range(_FAN_OUT - 1):  # a point that rounding leaves behind the last belongs to it
+        end = end + lengths[..., i]
+        is_behind = end <= rest
+        index = index + is_behind
+        start = jnp.where(is_behind, end, start)
+    return index, rest - start
