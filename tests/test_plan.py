@@ -31,7 +31,7 @@ HOSTS = {
     "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
     "models": {
-        *("jax", "numpy", "numpyro", "optax", "arviz"),
+        *("jax", "numpy", "numpyro", "optax", "arviz", "arviz_stats"),
         *("flax", "equinox", "quax", "safetensors", "orbax"),
     },
 }

@@ -23,7 +23,7 @@ that did well in a trial on two of the tasks: there its figures are a little fla
   best, a kind of early stopping.
 - TFB (arXiv:2412.05723): noise around the MLE, the largest that leaves the loss on its own labels,
   the first 160 of them, within 0.3 %.
-- BLoB, N = 0, 10, 32: the published rule, and the number of draws in prediction.
+- BLoB, N = 0, 5, 10, 32: the published rule, and the number of draws in prediction.
 - ELBO: the exact ELBO, 10 draws. Tempered ELBO, the default here: the divergence times the one of
   four weights with which a fit to three quarters of the labels predicts the last quarter best, a
   second fit to all of them, and 32 draws.
@@ -439,6 +439,7 @@ def comparison(num_seeds, num_steps):
             "MLE, temperature": lambda x: predict_scaled(members[0], base, x, scale),
             "TFB": probs_of(noisy, 10),
             "BLoB, N = 0": probs_of(alternating, 0),
+            "BLoB, N = 5": probs_of(alternating, 5),
             "BLoB, N = 10": probs_of(alternating, 10),
             "BLoB, N = 32": probs_of(alternating, 32),
             "ELBO": probs_of(exact, 10),
