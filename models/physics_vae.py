@@ -355,7 +355,9 @@ def physics_vae(
     blocks = starts if guide == "partitioned" else {"": (0, num_latent)}
     blocks = {"encoder" + ("_" + name if name else ""): block for name, block in blocks.items()}
 
-    sizes = {name: (num_outputs, width, width, d * (d + 3) // 2) for name, (_, d) in blocks.items()}
+    sizes: dict[str, tuple[int, ...]] = {
+        name: (num_outputs, width, width, d * (d + 3) // 2) for name, (_, d) in blocks.items()
+    }
     sizes["residual"] = (sum(dims[name] for name in labels), width, num_outputs)
     for name, label in labels.items():
         half = width // 2
