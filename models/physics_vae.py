@@ -276,7 +276,8 @@ def physics_vae(
         class_dim: dimension of z_y.
         reference: `{"c": ..., "y": ...}`, the labels of a record at which the physics is exact: the
             residual of the mean latents there is subtracted. It is an assumption of yours; a wrong
-            one biases the physics' parameters.
+            one biases the physics' parameters. The strength then acts on the conditional priors'
+            networks too, as on the encoder.
         guide: whose Gaussian has all correlations, or those within groups.
         width: of the two hidden layers of the encoder and the one of the residual; half of it in
             the other networks.
@@ -510,7 +511,7 @@ def physics_vae(
             rows, columns = (start + index for index in np.tril_indices(d, -1))
             factor = factor.at[..., rows, columns].set(outputs[..., 2 * d :])
         # In units of the prior's spread, so that a new network's guess lies in its middle.
-        shift, spread = spread_of_u
+        shift, spread = spread_of_u.astype(dtype)
         return shift + spread * jnp.clip(mean, -50.0, 50.0), spread[:, None] * factor
 
     def encode(params, x):
@@ -1085,8 +1086,9 @@ def _check_options(priors, x, labels, reference, guide, known):
 
 
 def _check_physics(physics, priors, known, num_outputs):
-    one = {name: jax.ShapeDtypeStruct(p.event_shape, float) for name, p in priors.items()}
-    inputs = () if known is None else (jax.ShapeDtypeStruct(known.shape[1:], known.dtype),)
+    dtype = jnp.result_type(float)
+    one = {name: jax.ShapeDtypeStruct(p.event_shape, dtype) for name, p in priors.items()}
+    inputs = () if known is None else (jax.ShapeDtypeStruct(known.shape[1:], dtype),)
     out = jax.eval_shape(physics, one, *inputs)
     if getattr(out, "shape", None) != (num_outputs,):
         raise ValueError(

@@ -29,14 +29,6 @@ ALL_PRIORS = PRIORS | {
 TRACES = []
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Compile quickly what runs once; it saves a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def response(parameters):
     TRACES.append(1)
     wave = jnp.exp(-parameters["rate"] * TIMES) + jnp.sin(parameters["phase"] + TIMES)
