@@ -6,9 +6,13 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-# The suite compiles thousands of programs and runs most of them for an instant. This leaves out
-# what LLVM does beyond correct code. XLA's own passes, and with them memory and operations, stay.
-jax.config.update("jax_disable_most_optimizations", True)
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_dropped():
+    """Every compiled program holds memory maps, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
