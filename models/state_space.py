@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+from probbp.models import runge_kutta
 from probbp.ops import rtrl
 
 Tree = Any
@@ -229,11 +230,7 @@ def pendulum(
         return jnp.stack([state[1], -(omega**2) * jnp.sin(state[0]) - 2 * zeta * omega * state[1]])
 
     def advance(_, state):
-        k1 = slope(state)
-        k2 = slope(state + h / 2 * k1)
-        k3 = slope(state + h / 2 * k2)
-        k4 = slope(state + h * k3)
-        return state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return runge_kutta.step(slope, state, h)
 
     def step(carry, y):
         state, total = carry

@@ -17,6 +17,7 @@ from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanFiel
 
 from probbp.models import blob, lora, transformer
 from probbp.models.blob import bayesian_lora
+from probbp.models.blob.model import _each_example
 from probbp.models.lora import Factors
 
 KEY = jax.random.key(0)
@@ -248,7 +249,7 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
             out_signs=signs(jax.random.key(i + 40), (3, *a[:-1])),
         )
     axes = dict.fromkeys(factors, Factors(None, None, None, 0, 0))
-    got = jax.jit(partial(blob._each_example, bayes.apply, axes=axes, inputs=(x,)))(base, factors)
+    got = jax.jit(partial(_each_example, bayes.apply, axes=axes, inputs=(x,)))(base, factors)
     leaves = lora.named_leaves(base)
     structure = jax.tree.structure(base)
     network = jax.jit(apply_fn)

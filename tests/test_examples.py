@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-SOURCES = sorted({*(ROOT / "probbp").rglob("*.py"), *(ROOT / "probbp" / "models").glob("*.py")})
+SOURCES = sorted({*(ROOT / "probbp").rglob("*.py"), *(ROOT / "probbp" / "models").rglob("*.py")})
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in SOURCES

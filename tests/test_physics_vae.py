@@ -15,6 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import compute_log_probs
 
 from probbp.models import physics, physics_vae
+from probbp.models.physics import finite_elements, oscillators
 from probbp.models.physics_vae import categorical, continuous
 
 KEY = jax.random.key(0)
@@ -463,15 +464,8 @@ class Given(nnx.Module):
         return self.fun(x)
 
 
-def linear_vae(spread):
-    """Return a model whose posterior is known, and a guide with `spread` times its width."""
-
-    def encoder(x):
-        # The posterior of a is N(x_0 / 2, 1 / 2), that of z_y the prior N(0, 1).
-        widths = jnp.broadcast_to(2 + jnp.log(jnp.array([0.5**0.5, 1.0]) * spread), x.shape)
-        location = jnp.stack([x[:, 0] / 2, jnp.zeros(len(x))], -1)
-        return jnp.concatenate([location, widths, jnp.zeros((len(x), 1))], -1)
-
+def linear_vae(**networks):
+    """Return an autoencoder whose physics is a number, and two records for its scales."""
     x = np.array([[-1.0, 1.0], [1.0, -1.0]])
     return physics_vae.physics_vae(
         lambda parameters: jnp.stack([parameters["a"], jnp.zeros(())]),
@@ -479,18 +473,30 @@ def linear_vae(spread):
         x,
         classes=categorical(2),
         class_dim=1,
-        networks={
-            "encoder": Given(encoder),
-            "prior_y": Given(lambda features: jnp.zeros((*features.shape[:-1], 2))),
-            "residual": Given(lambda z: jnp.zeros((len(z), 2))),
-        },
+        networks={name: Given(fun) for name, fun in networks.items()},
     ), jnp.asarray(x)
+
+
+def guide_of(spread):
+    """Return an encoder with `spread` times the width of the posterior."""
+
+    def encoder(x):
+        # The posterior of a is N(x_0 / 2, 1 / 2), that of z_y the prior N(0, 1).
+        widths = jnp.broadcast_to(2 + jnp.log(jnp.array([0.5**0.5, 1.0]) * spread), x.shape)
+        location = jnp.stack([x[:, 0] / 2, jnp.zeros(len(x))], -1)
+        return jnp.concatenate([location, widths, jnp.zeros((len(x), 1))], -1)
+
+    return encoder
 
 
 def test_pareto_k_tells_a_narrow_guide_from_the_right_one():
     ks = {}
     for spread in (1.0, 0.3):
-        vae, x = linear_vae(spread)
+        vae, x = linear_vae(
+            encoder=guide_of(spread),
+            prior_y=lambda features: jnp.zeros((*features.shape[:-1], 2)),
+            residual=lambda z: jnp.zeros((len(z), 2)),
+        )
         ks[spread] = physics_vae.pareto_k(vae, KEY, {"sigma_x": 1.0}, x, num_samples=400)
     assert ks[1.0].shape == (2,)
     # The guide is the posterior but for the quantiles of draws in the unit of `a`.
@@ -503,18 +509,7 @@ def test_leakage_counts_what_either_part_takes():
         z = jnp.stack([x[:, 0], 0.5 * x[:, 1]], -1)
         return jnp.concatenate([z, jnp.zeros((len(x), 3))], -1)
 
-    x = np.array([[-1.0, 1.0], [1.0, -1.0]])
-    vae = physics_vae.physics_vae(
-        lambda parameters: jnp.stack([parameters["a"], jnp.zeros(())]),
-        {"a": dist.Normal(0.0, 1.0)},
-        x,
-        classes=categorical(2),
-        class_dim=1,
-        networks={
-            "encoder": Given(encoder),
-            "residual": Given(lambda z: jnp.stack([0 * z[:, 0], z[:, 0]], -1)),
-        },
-    )
+    vae, _ = linear_vae(encoder=encoder, residual=lambda z: jnp.stack([0 * z[:, 0], z[:, 0]], -1))
     a, b = jax.random.normal(KEY, (2, 4, 50))
     run = jax.jit(partial(physics_vae.leakage, vae, {}))
     alone, other = run(jnp.stack([a, 0 * a], -1)), run(jnp.stack([0 * b, b], -1))
@@ -554,26 +549,26 @@ def test_the_physics_is_right_where_the_case_says_so(name):
 def test_the_bridge_is_a_continuous_beam_where_its_supports_are_stiff():
     """The equation of three moments for a load on the first span or the second."""
     stiff, span = jnp.array([13.0, 13.0]), 20.0
-    sensor = (physics.SENSOR + 0.5) * physics.ELEMENT
-    ours = jax.jit(physics.strain)(stiff, jnp.zeros(2))
+    sensor = (finite_elements.SENSOR + 0.5) * finite_elements.ELEMENT
+    ours = jax.jit(finite_elements.strain)(stiff, jnp.zeros(2))
     moments = np.zeros(len(physics.WINDOW))
-    for axle in physics.AXLES:
-        place = np.asarray(physics.SPEED * physics.WINDOW + axle)
+    for axle in finite_elements.AXLES:
+        place = np.asarray(finite_elements.SPEED * physics.WINDOW + axle)
         for i, p in enumerate(place):
             a = p if p <= span else 2 * span - p
             over_pier = -a * (span**2 - a**2) / (4 * span**2) if 0 <= a <= span else 0.0
             left = over_pier / span + (span - a) / span * (0 <= p <= span)
             moments[i] += left * sensor - max(sensor - p, 0.0) * (p >= 0)
-    expected = 1e3 * physics.AXLE_LOAD * moments / physics.BENDING
+    expected = 1e3 * finite_elements.AXLE_LOAD * moments / finite_elements.BENDING
     near = [
-        np.min(np.abs(np.asarray(p + physics.AXLES) - sensor)) > physics.ELEMENT
-        for p in np.asarray(physics.SPEED * physics.WINDOW)
+        np.min(np.abs(np.asarray(p + finite_elements.AXLES) - sensor)) > finite_elements.ELEMENT
+        for p in np.asarray(finite_elements.SPEED * physics.WINDOW)
     ]
     np.testing.assert_allclose(ours[np.array(near)], expected[np.array(near)], atol=2e-4)
 
 
 def by_runge_and_kutta(m):
-    return physics.oscillation(m, 0.0, 1.0, 1.0)
+    return oscillators.oscillation(m, 0.0, 1.0, 1.0)
 
 
 def by_diffrax(m):

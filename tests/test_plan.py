@@ -38,7 +38,7 @@ HOSTS = {
 # The one exception: `sample` hands its chains to ArviZ, at the end and not at import.
 EXCEPTIONS = {("samplers/chains.py", "diagnostics")}
 
-FILES = sorted((ROOT / "probbp").rglob("*.py")) + sorted((ROOT / "models").glob("*.py"))
+FILES = sorted((ROOT / "probbp").rglob("*.py")) + sorted((ROOT / "models").rglob("*.py"))
 
 
 def imports(path):
@@ -51,7 +51,7 @@ def imports(path):
 
 
 def room_of(path):
-    if path.parent.name == "models":
+    if ROOT / "models" in path.parents:
         return "models"
     relative = path.relative_to(ROOT / "probbp")
     return relative.parts[0].removesuffix(".py")

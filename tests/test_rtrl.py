@@ -521,6 +521,7 @@ def test_moving_parameters_are_shifted_together():
 
 
 def test_the_choice():
-    assert rtrl.recommended(num_states=8, num_params=4, length=100_000) == "rtrl.scan"
-    assert rtrl.recommended(num_states=9, num_params=128, length=10_000) == "lax.scan"
+    assert rtrl.recommended(num_states=8, num_params=4, length=1_000) == "rtrl.scan"
+    assert rtrl.recommended(num_states=9, num_params=60, length=10_000) == "lax.scan"
+    assert rtrl.recommended(num_states=9, num_params=60, length=10_000_000) == "rtrl.scan"
     assert rtrl.recommended(num_states=9, num_params=128, length=10_000_000) == "checkpoint"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from probbp.ops.blocks import by_blocks
 from probbp.ops.systematic import systematic
 
 # One head: W = softmax(S), O = W V, and G what comes back to O.
@@ -116,8 +117,7 @@ def dot_product_attention(
     Raises:
         ValueError: for shapes that do not fit, a mask that is not boolean, an unknown `sampling`,
             or `keep` not above zero.
-        TypeError: for a `keep` or `scale` that is traced.
-        NotImplementedError: when a second derivative is taken.
+        TypeError: for a `keep` or `scale` that is traced, and where a second derivative is taken.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -283,7 +283,7 @@ def _forward(options, query, key, value, bias, seen, rng_key=None) -> tuple[jax.
     num_logits = math.prod(heads) * time * key.shape[-2]
     size = max(_LEAST_ROWS, _LOGITS_AT_ONCE * time // max(num_logits, 1))
     block = partial(_attend, options, seen, key_coins)
-    return _by_blocks(block, time, -(-time // size), rows, key, value)
+    return by_blocks(block, time, -(-time // size), rows, key, value)
 
 
 def _attend(options, seen, key_coins, rows, key, value):
@@ -396,7 +396,7 @@ def _sparse_jvp(options, primals, tangents):
     num_blocks = min(-(-num_slots // 4), -(-query.size * num_slots // _GATHERED_AT_ONCE))
     block = partial(_tangent, options)
     rows = (sample, query, output, d_query, d_bias)
-    tangent = _by_blocks(block, time, num_blocks, rows, key, value, d_key, d_value)
+    tangent = by_blocks(block, time, num_blocks, rows, key, value, d_key, d_value)
     return output, tangent.astype(output.dtype)
 
 
@@ -442,48 +442,10 @@ def _once_differentiable(x):
 
 @_once_differentiable.defjvp
 def _refuse(primals, tangents):
-    raise NotImplementedError(
+    raise TypeError(
         "sus.dot_product_attention has first derivatives only: those of the kept weights are not "
         "the attention's. Use keep=None where second derivatives are taken."
     )
-
-
-# ---------------------------------------------------------------------------------------
-# Blocks of queries.
-
-
-def _by_blocks(fun, time, num_blocks, rows, *whole):
-    """Return `fun(rows, *whole)`, computed for a block of queries at a time.
-
-    In reverse mode each block is computed again, and only the arguments are stored.
-
-    Args:
-        fun: each output has time as its axis before the last.
-        time: how many queries.
-        num_blocks: how many blocks.
-        rows: arrays with time, or 1, as their axis before the last.
-        whole: other arguments.
-    """
-    if num_blocks <= 1:
-        return fun(rows, *whole)
-    size = -(-time // num_blocks)
-    num_blocks = -(-time // size)
-
-    def split(x):
-        if x.shape[-2] != time:
-            return jnp.broadcast_to(x, (num_blocks, *x.shape))
-        padding = [(0, 0)] * x.ndim
-        padding[-2] = (0, num_blocks * size - time)
-        x = jnp.pad(x, padding).reshape(*x.shape[:-2], num_blocks, size, x.shape[-1])
-        return jnp.moveaxis(x, -3, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, -3)
-        return x.reshape(*x.shape[:-3], num_blocks * size, x.shape[-1])[..., :time, :]
-
-    block = jax.checkpoint(fun, prevent_cse=False)  # what prevents it is the loop
-    blocks = jax.lax.map(lambda rows: block(rows, *whole), jax.tree.map(split, rows))
-    return jax.tree.map(join, blocks)
 
 
 # ---------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ step. Float32, about two minutes on two cores.
 """
 
 import argparse
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _race import race
 
 from probbp.models import blob, transformer
 from probbp.models.lora import Factors
@@ -37,15 +37,7 @@ def main():
             compiled = jax.jit(step).lower(state, base, x, y).compile()
             memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
             calls[name] = partial(compiled, state, base, x, y)
-        seconds = {name: [] for name in calls}
-        for call in calls.values():
-            jax.block_until_ready(call())
-        for round in range(num_rounds):
-            names = list(calls)
-            for name in names[round % len(names) :] + names[: round % len(names)]:
-                start = time.perf_counter()
-                jax.block_until_ready(calls[name]())
-                seconds[name].append(time.perf_counter() - start)
+        seconds = dict(zip(calls, race(calls, num_rounds).T, strict=True))
         for name in calls:
             ratio = np.median(np.divide(seconds[name], seconds["plain"]))
             print(

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import statsmodels.api as sm
+from _race import race
 from blackjax.util import generate_gaussian_noise
 from numpyro.infer.util import initialize_model
 
@@ -378,24 +379,6 @@ def print_progress_bar(num_samples: int, num_rounds: int) -> None:
     print(" ".join(f"{value:+.1f}" for value in np.sort(added)))
     median = float(np.median(added))
     say("progress bar, adds less than 2 % (median)", median, median < 2, "see the spread")
-
-
-def race(
-    calls: dict[str, Callable], num_rounds: int, clock: Callable = time.perf_counter
-) -> np.ndarray:
-    """Time all calls in each round, in random order: (rounds, calls), in seconds."""
-    calls = list(calls.values())
-    if num_rounds > 1:
-        for call in calls:
-            jax.block_until_ready(call())
-    rng = np.random.default_rng(0)
-    times = np.zeros((num_rounds, len(calls)))
-    for row in times:
-        for i in rng.permutation(len(calls)):
-            start = clock()
-            jax.block_until_ready(calls[i]())
-            row[i] = clock() - start
-    return times
 
 
 def say(target: str, value: float, is_met: bool, reason: str) -> None:

@@ -20,7 +20,6 @@ three minutes on two cores.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _race import race
 from numpyro.infer.util import initialize_model
 from sklearn.datasets import load_breast_cancer
 
@@ -202,21 +202,6 @@ def deep_network(rows: int, is_loop: bool, depth: int = 20, width: int = 32) -> 
 
     how = "in a loop" if is_loop else "written out"
     return Problem(f"deep network, {depth} layers of {width} {how}, {rows} rows", fun, weights)
-
-
-def race(calls: dict[str, Callable], num_rounds: int) -> np.ndarray:
-    """Time all calls in each round, in random order: (rounds, calls), in seconds."""
-    functions = list(calls.values())
-    for function in functions:
-        jax.block_until_ready(function())
-    rng = np.random.default_rng(0)
-    times = np.zeros((num_rounds, len(functions)))
-    for row in times:
-        for i in rng.permutation(len(functions)):
-            start = time.perf_counter()
-            jax.block_until_ready(functions[i]())
-            row[i] = time.perf_counter() - start
-    return times
 
 
 def _posterior(name: str, model: Callable) -> Problem:

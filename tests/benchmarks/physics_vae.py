@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _race import race
 
 from probbp.models import physics, physics_vae
+from probbp.models.physics_vae import model
 
 CASES = {"beam": physics.beam(), "oscillator": physics.oscillator(), "bridges": physics.bridges()}
 BATCH = 64
@@ -65,7 +67,7 @@ def steps(case, records):
         step = jax.jit(lambda state, data, options: svi.update(state, *data, **options))
         return step.lower(state, data, options).compile(), (state, data, options)
 
-    with mock.patch.object(physics_vae, "gradient_reversal", lambda x, strength: x):
+    with mock.patch.object(model, "gradient_reversal", lambda x, strength: x):
         plain = compiled(0.0)
     schedule = physics_vae.dann_schedule(1 / 256, 1000)
     return {
@@ -84,15 +86,7 @@ def compare(programs, num_rounds):
         for name, (program, _) in programs.items()
     }
     calls = {name: partial(program, *inputs) for name, (program, inputs) in programs.items()}
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for round in range(num_rounds):
-        names = list(calls)
-        for name in names[round % len(names) :] + names[: round % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            seconds[name].append(time.perf_counter() - start)
+    seconds = dict(zip(calls, race(calls, num_rounds).T, strict=True))
     first = next(iter(calls))
     for name in calls:
         ratio = np.median(np.divide(seconds[name], seconds[first]))

@@ -13,7 +13,6 @@ minutes on two cores.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _race import race
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.util import initialize_model
 
@@ -64,10 +64,10 @@ def main() -> None:
 
 def print_header(title: str) -> None:
     print(f"\n{title}")
-    print(f"{'':34s} |{'memory [kB]':^40s} |{'':9s}time, x reverse mode")
-    names = "".join(f"{name:>10s}" for name in COLUMNS)
+    print(f"{'':34s} |{'memory [kB]':^44s} |{'':9s}time, x reverse mode")
+    names = "".join(f"{name:>11s}" for name in COLUMNS)
     print(
-        f"{'':16s}{'n':>4s}{'P':>6s}{'T':>8s} |{names} |{'[ms]':>9s}{names[10:]}  recommended",
+        f"{'':16s}{'n':>4s}{'P':>6s}{'T':>8s} |{names} |{'[ms]':>9s}{names[11:]}  recommended",
         flush=True,
     )
 
@@ -92,26 +92,14 @@ def print_row(problem: Problem, num_rounds: int) -> None:
     for result in results:
         np.testing.assert_allclose(result, results[0], rtol=1e-7, atol=1e-7 * abs(results[0]).max())
     memory = {n: c.memory_analysis().temp_size_in_bytes / 1e3 for n, c in calls.items()}
-    first, ratios = timed(calls, problem.params, num_rounds)
-    cell = "{:10.1f}".format
+    times = race({name: partial(call, problem.params) for name, call in calls.items()}, num_rounds)
+    ratios = dict(zip(calls, np.median(times / times[:, :1], axis=0), strict=True))
+    cell = "{:11.1f}".format
     line = f"{problem.name:16s}{problem.num_states:4d}{num_params:6d}{problem.length:8d} |"
-    line += "".join(cell(memory[n]) if n in memory else f"{'-':>10s}" for n in COLUMNS)
-    line += f" |{1e3 * first:9.2f}"
-    line += "".join(f"{ratios[n]:10.2f}" if n in ratios else f"{'-':>10s}" for n in COLUMNS[1:])
+    line += "".join(cell(memory[n]) if n in memory else f"{'-':>11s}" for n in COLUMNS)
+    line += f" |{1e3 * np.median(times[:, 0]):9.2f}"
+    line += "".join(f"{ratios[n]:11.2f}" if n in ratios else f"{'-':>11s}" for n in COLUMNS[1:])
     print(line, "", rtrl.recommended(problem.num_states, num_params, problem.length), flush=True)
-
-
-def timed(calls: dict, params: Any, num_rounds: int) -> tuple[float, dict[str, float]]:
-    """Return seconds of the first call, and the medians of the others' ratios to it."""
-    rng = np.random.default_rng(0)
-    seconds = {name: [] for name in calls}
-    for _ in range(num_rounds):
-        for name in rng.permutation(list(calls)):
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name](params))
-            seconds[name].append(time.perf_counter() - start)
-    first = np.array(seconds["lax.scan"])
-    return np.median(first), {n: np.median(np.array(s) / first) for n, s in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ over the lengths. Float32, about ten minutes on two cores; with --fast to n = 20
 """
 
 import argparse
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _race import race
 
 from probbp.ops import sus
 
@@ -94,15 +94,7 @@ def compare(length, heads, spread, num_rounds):
             rows[name]["variance"] = relative_variance(
                 [compiled(key, grad, *arrays) for key in keys], exact
             )
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for round in range(num_rounds):
-        names = list(calls)
-        for name in names[round % len(names) :] + names[: round % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            seconds[name].append(time.perf_counter() - start)
+    seconds = dict(zip(calls, race(calls, num_rounds).T, strict=True))
     for name, row in rows.items():
         for part in ("backward", "both"):
             row[part] = float(np.median(seconds[name, part]))

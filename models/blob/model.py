@@ -1,21 +1,7 @@
-r"""Bayesian low-rank adaptation: a posterior over the update of a pretrained network.
-
-BLoB, Wang, Shi, Han, Metaxas & Wang, 2024, arXiv:2406.11675. A weight W becomes
-:math:`W + s B A` with :math:`s = \alpha / r`, where A (r, in) is random, with prior
-:math:`N(0, \sigma_p^2)` and posterior :math:`q(A) = N(M, \Omega^2)`, :math:`\Omega = G \circ G`
-elementwise, and B (out, r) is not. With noise on A alone every deviation from the pretrained
-network carries the factor B, which starts at zero.
-
-    lora = bayesian_lora(apply_fn, params, target="query|value", example=(x,))
-    svi = SVI(lora.model, lora.guide, optax.adam(1e-3), TraceMeanField_ELBO())
-    result = svi.run(rng_key, 2_000, params, x, y=y, progress_bar=False)
-    logits = predict(lora, rng_key, result.params, params, x_test)
-"""
+"""A pretrained network with a distribution over its low-rank update: model, guide, prediction."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +16,8 @@ from numpyro.handlers import scale as scaled
 from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
 
 from probbp.models import lora as low_rank
+from probbp.models.blob.divergence import divergence, std
+from probbp.models.blob.rule import alternating
 from probbp.models.lora import Factors, Layout
 
 Noise = Literal["flipout", "independent", "shared"]
@@ -57,18 +45,6 @@ class BayesianLora(NamedTuple):
     scale: float
     prior_scale: float
     dtypes: dict[str, Any]
-
-
-class AlternatingState(NamedTuple):
-    """State of `alternating`.
-
-    Attributes:
-        count: steps made.
-        mean_state: state of the optimiser of M and B.
-    """
-
-    count: jax.Array
-    mean_state: Any
 
 
 def categorical(logits: jax.Array) -> dist.Distribution:
@@ -269,16 +245,6 @@ def bayesian_lora(
     return lora
 
 
-def std(g: jax.Array) -> jax.Array:
-    """Return the posterior's standard deviation, G o G, kept off zero by the dtype's epsilon."""
-    return g * g + jnp.finfo(g.dtype).eps
-
-
-def root_of_std(std: jax.Array) -> jax.Array:
-    """Return G for a posterior's standard deviation, the inverse of `std`."""
-    return jnp.sqrt(jnp.maximum(std - jnp.finfo(std.dtype).eps, 0))
-
-
 def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the divergence of posterior from prior, in nats, for each adapted weight.
 
@@ -289,7 +255,7 @@ def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Arr
         params: of SVI.
     """
     return {
-        name: _kl(params[f"{name}_loc"], params[f"{name}_g"], lora.prior_scale)
+        name: divergence(params[f"{name}_loc"], params[f"{name}_g"], lora.prior_scale)
         for name in lora.layouts
     }
 
@@ -358,92 +324,6 @@ def svi(
         kl_learning_rate=kl_learning_rate,
     )
     return SVI(mean_loss(lora.model), mean_loss(lora.guide), transformation, TraceMeanField_ELBO())
-
-
-def alternating(
-    optimiser: optax.GradientTransformation,
-    *,
-    prior_scale: float,
-    cycle: int,
-    kl_learning_rate: float | Callable[[jax.Array], Any] = 0.01,
-) -> optax.GradientTransformation:
-    r"""Return the update rule of the paper's code, as an Optax transformation of SVI's parameters.
-
-    Fed with the gradient of the mean negative log likelihood, step t makes two moves: `optimiser`
-    moves M and B, and then, at the new M,
-
-    .. math::
-        M \leftarrow M - k \pi_i \nabla_M KL, \qquad
-        G \leftarrow G - k (\nabla_G \mathrm{NLL} + \pi_i \nabla_G KL), \qquad
-        \pi_i = \frac{2^i}{2^{c + 1} - 1}
-
-    with i running from 1 to the cycle's length c, again and again. Half of the divergence falls on
-    the last step of a cycle, a quarter on the one before: it acts as a kick.
-
-    Args:
-        optimiser: of M and B.
-        prior_scale: sigma_p.
-        cycle: c.
-        kl_learning_rate: k, or a function of the number of steps made.
-
-    Returns:
-        A transformation of dictionaries with names that end in `_loc`, `_g` and `_B`.
-
-    Raises:
-        ValueError: for a cycle below 1.
-    """
-    if cycle < 1:
-        raise ValueError(f"cycle must be at least 1, got {cycle}.")
-
-    def means(tree):
-        return {name: leaf for name, leaf in tree.items() if not name.endswith("_g")}
-
-    def init(params):
-        return AlternatingState(jnp.zeros((), jnp.int32), optimiser.init(means(params)))
-
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("alternating needs the parameters: update(grads, state, params).")
-        grads = updates
-        moves, mean_state = optimiser.update(means(grads), state.mean_state, means(params))
-        rate: Any = (
-            kl_learning_rate(state.count) if callable(kl_learning_rate) else kl_learning_rate
-        )
-        # 2^i overflows in long cycles; 2^(i - c - 1) vanishes.
-        i = state.count % cycle + 1
-        weight = jnp.exp2((i - cycle - 1).astype(jnp.float32)) / (1 - 2.0 ** -(cycle + 1))
-        moves = dict(moves)
-        for name in params:
-            if not name.endswith("_g"):
-                continue
-            loc = name.removesuffix("_g") + "_loc"
-            kl_loc, kl_g = jax.grad(_kl, (0, 1))(
-                params[loc] + moves[loc], params[name], prior_scale
-            )
-            moves[loc] = moves[loc] - (rate * weight * kl_loc).astype(kl_loc.dtype)
-            moves[name] = (-rate * (grads[name] + weight * kl_g)).astype(kl_g.dtype)
-        return moves, AlternatingState(state.count + 1, mean_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-def rescaled_cycle(num_data: int, batch_size: int, *, gamma: float = 8.0) -> int:
-    """Return the cycle's length that the paper's code takes, 100 N^(pi / gamma) / batch.
-
-    It stands for the steps in an epoch: longer for few data, so that the divergence weighs less,
-    shorter for many. The exact ELBO is the mean loss with KL / N at each step; the published rule
-    has KL / cycle on average.
-
-    Args:
-        num_data: N.
-        batch_size: examples a step.
-        gamma: of the paper's scripts, 8.
-
-    Example:
-        >>> rescaled_cycle(640, 4)
-        316
-    """
-    return max(1, int(100 * num_data ** (math.pi / gamma) / batch_size))
 
 
 def predict(
@@ -539,69 +419,6 @@ def merge(
     return low_rank.merge(base, lora.layouts, _factors(lora, params, sample), lora.scale)
 
 
-def save(
-    lora: BayesianLora,
-    params: Mapping[str, jax.Array],
-    path: str | os.PathLike[str],
-    *,
-    format: Literal["safetensors", "orbax"] = "safetensors",
-) -> None:
-    """Write the adapter: M, G and B of each weight, without the network.
-
-    Args:
-        lora: from `bayesian_lora`.
-        params: of SVI, or a posterior of both factors.
-        path: where to: a file for "safetensors", a directory that is not there yet for "orbax".
-        format: "safetensors", which PyTorch reads as well, or "orbax", JAX's own checkpoints.
-
-    Raises:
-        ImportError: without the package of that format.
-        ValueError: where `params` are not those of `lora`, or for another format.
-    """
-    _check_params(lora, {name: leaf.shape for name, leaf in params.items()}, "params")
-    if format == "orbax":
-        with _orbax() as (ocp, checkpointer):
-            items = ocp.args.Composite(
-                params=ocp.args.StandardSave({name: jnp.asarray(v) for name, v in params.items()}),
-                options=ocp.args.JsonSave(_metadata(lora)),
-            )
-            checkpointer.save(os.path.abspath(path), items)
-    elif format == "safetensors":
-        arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
-        _safetensors().numpy.save_file(arrays, path, metadata=_metadata(lora))
-    else:
-        raise ValueError(f"format must be 'safetensors' or 'orbax', got {format!r}.")
-
-
-def load(lora: BayesianLora, path: str | os.PathLike[str]) -> dict[str, jax.Array]:
-    """Read an adapter that `save` wrote, as parameters of SVI (`init_params`) and `predict`.
-
-    Args:
-        lora: from `bayesian_lora`, for the same network and with the same options.
-        path: where from. A directory is a checkpoint of Orbax, a file one of safetensors.
-
-    Returns:
-        Names to arrays, in the dtypes that `lora` gives its factors.
-
-    Raises:
-        ImportError: without the package of that format.
-        ValueError: where the adapter is that of another network, rank, alpha or prior.
-    """
-    read = _load_orbax if os.path.isdir(path) else _load_safetensors
-    arrays, metadata = read(lora, path)
-    for name, value in _metadata(lora).items():
-        if name in metadata and metadata[name] != value:
-            raise ValueError(
-                f"{path} was saved with {name} {metadata[name]}, and lora has {value}."
-            )
-    return {
-        f"{name}_{part}": jnp.asarray(arrays[f"{name}_{part}"], dtype)
-        for name, dtype in lora.dtypes.items()
-        for part in ("loc", "g", "B", "B_g")
-        if f"{name}_{part}" in arrays
-    }
-
-
 def _check_noise(noise):
     if noise not in ("flipout", "independent", "shared"):
         raise ValueError(f"noise must be 'flipout', 'independent' or 'shared', got {noise!r}.")
@@ -675,12 +492,6 @@ def _each_example(apply, base, factors, axes, inputs):
     return jax.vmap(one, in_axes=(axes, 0))(factors, inputs)
 
 
-def _kl(loc, g, prior_scale):
-    omega = std(g)
-    terms = jnp.log(prior_scale / omega) + (omega**2 + loc**2) / (2 * prior_scale**2) - 0.5
-    return terms.sum()
-
-
 def _factors(lora, params, sample=None):
     sample = {} if sample is None else sample
     return {
@@ -690,81 +501,3 @@ def _factors(lora, params, sample=None):
         )
         for name in lora.layouts
     }
-
-
-def _check_params(lora, shapes, where):
-    expected = {}
-    for name, layout in lora.layouts.items():
-        expected[f"{name}_loc"] = expected[f"{name}_g"] = layout.shape_of_a(lora.rank)
-        expected[f"{name}_B"] = layout.shape_of_b(lora.rank)
-        if f"{name}_B_g" in shapes:
-            expected[f"{name}_B_g"] = layout.shape_of_b(lora.rank)
-    wrong = sorted(
-        name for name in expected | shapes if tuple(shapes.get(name, ())) != expected.get(name)
-    )
-    if wrong:
-        raise ValueError(
-            f"{where} does not hold the factors of this network and rank. Missing, unknown or of "
-            f"another shape: {wrong[:6]}."
-        )
-
-
-def _metadata(lora):
-    return {
-        "format": "probbp.models.blob",
-        "scale": repr(float(lora.scale)),
-        "prior_scale": repr(float(lora.prior_scale)),
-    }
-
-
-def _load_safetensors(lora, path):
-    with _safetensors().safe_open(path, framework="numpy") as tensors:
-        arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
-        metadata = tensors.metadata() or {}
-    _check_params(lora, {name: leaf.shape for name, leaf in arrays.items()}, str(path))
-    return arrays, metadata
-
-
-def _load_orbax(lora, path):
-    path = os.path.abspath(path)
-    if not os.path.isdir(os.path.join(path, "params")):
-        raise ValueError(f"The directory {path} is not an adapter that save wrote.")
-    with _orbax() as (ocp, checkpointer):
-        # Shapes first: Orbax would cut or pad arrays of another shape.
-        stored = checkpointer.metadata(path).item_metadata["params"]
-        _check_params(lora, {name: leaf.shape for name, leaf in stored.items()}, path)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for name, leaf in stored.items()
-        }
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target), options=ocp.args.JsonRestore()
-        )
-        restored = checkpointer.restore(path, items)
-    return restored["params"], restored["options"]
-
-
-def _safetensors():
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            "save and load need the package safetensors: pip install 'probbp[models]'."
-        ) from error
-    return safetensors
-
-
-@contextmanager
-def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints of Orbax need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
-    handler = ocp.CompositeCheckpointHandler(
-        params=ocp.StandardCheckpointHandler(), options=ocp.JsonCheckpointHandler()
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
-        yield ocp, checkpointer
