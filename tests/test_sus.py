@@ -26,7 +26,8 @@ from probbp.estimators import reverse
 from probbp.models import transformer
 from probbp.numpyro import Kernel, Optim
 from probbp.ops import substitute, sus
-from probbp.ops.systematic import systematic
+from probbp.ops.sus import forward, sparse
+from probbp.ops.sus.systematic import systematic
 
 B, T, S, N, K, H = 2, 13, 21, 4, 2, 8
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -59,9 +60,9 @@ every_rule = pytest.mark.parametrize("sampling", ["systematic", "filled", "indep
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sus, "_LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(sus, "_LEAST_ROWS", 5)
-    monkeypatch.setattr(sus, "_GATHERED_AT_ONCE", 1)
+    monkeypatch.setattr(forward, "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(forward, "_LEAST_ROWS", 5)
+    monkeypatch.setattr(sparse, "_GATHERED_AT_ONCE", 1)
 
 
 def arguments(case, dtype):
@@ -277,6 +278,7 @@ def test_systematic_sampling_has_the_odds_it_is_given(num, num_slots):
     inclusion = np.random.default_rng(num).uniform(size=num) ** 3
     inclusion[:: num // 2 + 1], inclusion[1::7] = 1.0, 0.0
     sample = jax.jit(jax.vmap(lambda u, p: systematic(u, p, num_slots), in_axes=(0, None)))
+    spread = jax.jit(jax.vmap(lambda u, p, s: systematic(u, p, num_slots, s), (0, None, None)))
     for sum_over_slots in (0.8, 1.0, 2.5):  # the last does not fit
         scaled = inclusion
         for _ in range(50):  # to the wanted sum, as nearly as entries up to 1 can have it
@@ -291,6 +293,13 @@ def test_systematic_sampling_has_the_odds_it_is_given(num, num_slots):
         hits = float(total / spacing[0])
         assert numbers <= {math.floor(hits + 1e-9), math.ceil(hits - 1e-9)}
         assert not jnp.any(frequency[scaled == 0])
+    # Entries longer than the spacing are chosen once.
+    lengths = np.where(inclusion > 0.9, 3.7, inclusion)
+    asked = lengths.sum() / num_slots
+    indices, spacing = spread(grid, lengths, asked)
+    assert_equal(spacing, jnp.full(4096, asked))
+    frequency = jnp.mean(jax.nn.one_hot(indices, num + 1).sum(1), 0)[:-1]
+    assert_equal(frequency, jnp.minimum(1, lengths / asked), rtol=0, atol=2 / 4096)
 
 
 @every_rule
@@ -323,7 +332,9 @@ def test_a_weight_is_kept_as_often_as_it_should(sampling):
     else:
         assert np.all(is_kept.sum(-1) <= math.ceil(keep))
         total = chance.sum(-1)
-        assert np.all(np.abs(is_kept.sum(-1) - total) < 1 + 1e-6)
+        # An entry longer than the spacing takes one point more or less.
+        long = (rate * weights > 1).sum(-1) if sampling == "systematic" else 0
+        assert np.all(np.abs(is_kept.sum(-1) - total) < 1 + long + 1e-6)
         assert_equal(kept, np.where(is_kept, expected, 0))
     spread = np.sqrt(chance * (1 - chance) / num_keys) + 1e-12
     z = (is_kept.mean(0) - chance) / spread
@@ -335,7 +346,7 @@ def test_a_weight_is_kept_as_often_as_it_should(sampling):
 
 
 def test_coins_that_find_no_slot_are_made_up_for(monkeypatch):
-    monkeypatch.setattr(sus._Options, "num_slots", 3)
+    monkeypatch.setattr(forward.Options, "num_slots", 3)
     query, key = QUERY[:1], KEY[:1]
 
     @jax.jit
@@ -777,3 +788,37 @@ def test_what_is_known_at_tracing_is_not_traced(name):
 
     with pytest.raises(TypeError, match=f"{name} must be a number"):
         jax.jit(loss)(2.0)
+
+
+def test_the_suggested_keep_is_the_smallest_that_is_quiet_enough():
+    scale, rng_key = jnp.ones(8), jax.random.key(2)
+
+    def loss_fn(scale, x, *, keep, rng_key):
+        query, key, value = jnp.moveaxis(x * scale, 1, 0)[:, :, None]
+        mixed = sus.dot_product_attention(query, key, value, keep=keep, rng_key=rng_key)
+        return jnp.mean(mixed**3)
+
+    batch = jax.random.normal(jax.random.key(0), (6, 32, 3, 8))
+    suggest = partial(
+        sus.suggested_keep, rng_key, loss_fn, scale, batch, keeps=(8, 2), num_draws=40
+    )
+    keep, added = suggest(tolerance=1e9)
+    assert keep == 2
+    assert added[2] > added[8] > 0
+    assert suggest(tolerance=added[8])[0] == 8
+    assert suggest(tolerance=0.99 * added[8])[0] is None
+
+    # The ratio, with other draws.
+    grads = jnp.stack([jax.grad(loss_fn)(scale, x, keep=None, rng_key=None) for x in batch])
+    between = jnp.sum((grads - grads.mean(0)) ** 2) / 5
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(None, 0))
+    def draw(x, rng_key):
+        return jax.grad(loss_fn)(scale, x, keep=8, rng_key=rng_key)
+
+    draws = jnp.stack([draw(x, jax.random.split(jax.random.key(5), 200)) for x in batch])
+    within = jnp.mean(jnp.sum((draws - grads[:, None]) ** 2, -1))
+    assert 0.5 < added[8] / (within / between) < 2
+    with pytest.raises(ValueError, match="two"):
+        sus.suggested_keep(rng_key, loss_fn, scale, batch[:1])

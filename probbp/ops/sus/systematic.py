@@ -6,31 +6,33 @@ Madow, 1949, doi:10.1214/aoms/1177729988.
 import jax
 import jax.numpy as jnp
 
-_FAN_OUT = 16  # children of a node in the search
+_FAN_OUT = 16
 
 
 def systematic(
-    uniform: jax.Array, inclusion: jax.Array, num_slots: int
+    uniform: jax.Array, lengths: jax.Array, num_slots: int, spacing: float | jax.Array = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Choose at most `num_slots` entries of each row, with given probabilities.
 
-    The entries are laid end to end, each as long as its probability, and every entry that holds one
-    of the points u, u + 1, u + 2, ... is chosen. An entry is hit with its probability exactly, and
-    the number of hits is the sum of the probabilities, rounded down or up. Where that sum exceeds
-    `num_slots` the points are spread further apart, so that nothing overflows: all probabilities
-    are then divided by the spacing, which is returned.
+    The entries are laid end to end, each as long as it is likely, and every entry that holds one of
+    the points u s, (u + 1) s, (u + 2) s, ... is chosen. With the spacing s = 1 an entry is hit with
+    a probability that is its length, exactly; one that is longer than s is always chosen, once. The
+    number of points is the sum of the lengths over s, rounded down or up. Where it exceeds
+    `num_slots` the points are spread further apart, so that nothing overflows.
 
     A point is found by descending through sums of 16, 256, ... entries: no sort and no cumulative
     sum of the row.
 
     Args:
         uniform: (...), one number in [0, 1) a row.
-        inclusion: (..., n), probabilities in [0, 1].
+        lengths: (..., n), at least zero.
         num_slots: how many points are looked up.
+        spacing: (...), or a number: s.
 
     Returns:
         `indices`, (..., num_slots), integers in ascending order, n in slots that stay empty; and
-        `spacing`, (...), at least 1: entry j is chosen with probability inclusion_j / spacing.
+        the spacing that was used, (...), at least s: entry j is chosen with probability
+        min(1, lengths_j / spacing).
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,12 +40,14 @@ def systematic(
         >>> indices.tolist(), float(spacing)
         ([0, 1], 1.0)
     """
-    num_entries = inclusion.shape[-1]
-    levels = [inclusion]  # the entries, their sums by 16, the sums of these, ...
+    num_entries = lengths.shape[-1]
+    levels = [lengths]  # the entries, their sums by 16, the sums of these, ...
     while levels[-1].shape[-1] > _FAN_OUT:
-        levels.append(jnp.sum(_families(levels[-1]), axis=-1))
+        # A product with ones: XLA vectorises it on CPUs, and no sum over a short axis.
+        ones = jnp.ones(_FAN_OUT, lengths.dtype)
+        levels.append(jnp.dot(_families(levels[-1]), ones, precision="highest"))
     total = jnp.sum(levels[-1], axis=-1)
-    spacing = jnp.maximum(1, total / num_slots)
+    spacing = jnp.maximum(spacing, total / num_slots)
     points = (uniform[..., None] + jnp.arange(num_slots)) * spacing[..., None]
     # `rest` is how far behind the start of the current node a point lies.
     indices, rest = jnp.zeros(points.shape, jnp.int32), points
@@ -54,6 +58,8 @@ def systematic(
         child, rest = _find(children, rest)
         indices = _FAN_OUT * indices + child
     is_hit = (points < total[..., None]) & (indices < num_entries)
+    before = jnp.concatenate([jnp.full_like(indices[..., :1], -1), indices[..., :-1]], axis=-1)
+    is_hit = is_hit & (indices != before)
     return jnp.where(is_hit, indices, num_entries), spacing
 
 
