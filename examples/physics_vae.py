@@ -54,7 +54,7 @@ def build(rng_key):
 @jax.jit
 @partial(jax.vmap, in_axes=(0, None))
 @partial(jax.vmap, in_axes=(None, 0))
-def fit(strength, rng_key, num_steps=3000):
+def fit(strength, rng_key, num_steps=2000):
     """SVI takes it as any other model; the strength is traced, so that all fits are one program."""
     vae, optimiser = build(rng_key), optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
     svi = physics_vae.svi(vae, optimiser, strength=lambda step: strength, loss=Trace_ELBO())

@@ -16,3 +16,20 @@ def _programs_are_dropped():
     """Every compiled program holds memory maps, and a process may have 65,530 of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _what_llvm_leaves_out(request):
+    """The suite compiles thousands of programs and runs most of them for an instant.
+
+    So LLVM does what correct code takes and no more, in three quarters of the time; XLA's own
+    passes, and with them memory and operations, are the same. Tests marked `optimised` have all.
+    """
+    if "optimised" not in request.keywords:
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()

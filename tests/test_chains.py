@@ -35,8 +35,17 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("metric", ["diag", "dense", "low_rank", None])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        *((name, "dense") for name in ALGORITHMS),
+        *(
+            (name, metric)
+            for name in ("fmala", "line_fmala")
+            for metric in ("diag", "low_rank", None)
+        ),
+    ],
+)
 def test_moments_from_dispersed_starts(name, metric):
     algorithm, num_samples = ALGORITHMS[name]
     if metric is None:

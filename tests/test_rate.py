@@ -242,6 +242,37 @@ def test_the_gain_sums_the_jacobian_of_the_spikes(neuron):
     assert_close(gain, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "slope"),
+    [
+        ("soft, detached", lambda u, s, k, threshold: 1),
+        ("soft", lambda u, s, k, threshold: 1 - threshold * k),
+        ("hard, detached", lambda u, s, k, threshold: 1 - s),
+        ("hard", lambda u, s, k, threshold: 1 - s - u * k),
+    ],
+)
+def test_the_gain_follows_the_paper_s_recursion(name, slope):
+    """rho_t = 1 + a_t rho_{t-1} with a_t = leak du_t / dv_{t-1}, and the mean of k_t rho_t."""
+    neuron, leak = NEURONS[name], 0.6
+    threshold = 0.8 if "hard" in name else 1.0
+    currents = np.array([0.9, 0.3, 1.4, 0.8, 1.1])
+    v, rho, a, total = 0.0, 0.0, 0.0, 0.0
+    for current in currents:
+        u = leak * v + current
+        s = float(u >= threshold)
+        p = 1 / (1 + np.exp(-4 * (u - threshold)))
+        k = 4 * p * (1 - p)
+        rho = 1 + a * rho
+        total += k * rho
+        a = leak * slope(u, s, k, threshold)
+        v = u - threshold * s if "soft" in name else u * (1 - s)
+    inputs = rate.events(jnp.asarray(currents))
+    gain = jax.grad(
+        lambda c: rate.simulate(lambda spike, x: spike(x + c), inputs, 5, neuron=neuron)
+    )(0.0)
+    assert np.isclose(gain, total / 5, rtol=1e-12)
+
+
 @pytest.mark.parametrize("reset", ["soft", "hard"])
 def test_leak_and_threshold_can_be_trained(reset):
     """With a constant current, exactly; plain numbers cost nothing."""
