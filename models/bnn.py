@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+Dense = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 def model(
     x: jax.Array,
@@ -18,7 +20,7 @@ def model(
     prior_scale: float = 1.0,
     noise_scale: float | None = None,
     activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
-    dense: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+    dense: Dense | Sequence[Dense] = jnp.matmul,
 ) -> None:
     """Regression, or classification, by a multilayer perceptron.
 
@@ -35,9 +37,12 @@ def model(
         noise_scale: of y in regression; sampled (site "sigma") if `None`.
         activation: between layers.
         dense: the product of activations (rows, in) and weights (in, out); an op with another
-            backward pass has its place here.
+            backward pass has its place here. One for all layers, or a sequence with one for each.
     """
     sizes = (x.shape[1], *widths, num_outputs)
+    products = [dense] * (len(sizes) - 1) if callable(dense) else dense
+    if len(products) != len(sizes) - 1:
+        raise ValueError(f"{len(sizes) - 1} layers, but dense has {len(products)} products.")
     hidden = x
     for layer, (num_in, num_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         prior = dist.Normal(0, prior_scale / jnp.sqrt(num_in))
@@ -45,7 +50,7 @@ def model(
         bias = numpyro.sample(
             f"bias_{layer}", dist.Normal(0, prior_scale).expand([num_out]).to_event(1)
         )
-        hidden = dense(activation(hidden) if layer else hidden, weight) + bias
+        hidden = products[layer](activation(hidden) if layer else hidden, weight) + bias
     outputs = numpyro.deterministic("outputs", hidden if is_classifier else hidden[:, 0])
     if not is_classifier and noise_scale is None:
         noise_scale = numpyro.sample("sigma", dist.HalfNormal(1.0))

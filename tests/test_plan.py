@@ -15,6 +15,7 @@ ALLOWED = {
     "estimators": {"types"},
     "ops": {"types"},
     "samplers": {"types"},
+    "optim": {"types"},
     "diagnostics": {"types"},
     "numpyro": {"types", "samplers"},
     "models": {"ops"},
@@ -24,6 +25,7 @@ HOSTS = {
     "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm"},
     "estimators": {"jax", "optax"},
     "ops": {"jax"},
+    "optim": {"jax", "optax"},
     "diagnostics": {
         *("jax", "numpy", "scipy", "optax", "tqdm"),
         *("arviz", "xarray", "matplotlib", "numpyro"),
@@ -31,7 +33,7 @@ HOSTS = {
     "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
     "models": {
-        *("jax", "numpy", "numpyro", "optax", "arviz", "arviz_stats"),
+        *("jax", "numpy", "numpyro", "optax", "arviz", "arviz_stats", "tqdm"),
         *("flax", "equinox", "quax", "safetensors", "orbax"),
     },
 }

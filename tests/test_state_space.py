@@ -160,6 +160,7 @@ def returns(length, seed=0):
     return jnp.array(y)
 
 
+@pytest.mark.optimised  # without, the two trajectories round apart
 def test_nuts_draws_the_same():
     def draws(scan):
         kernel = NUTS(partial(state_space.garch, scan=scan))

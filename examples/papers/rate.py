@@ -65,13 +65,15 @@ def main():
             report(title, results)
     arms = {gradient: conv_arm(8, gradient=gradient) for gradient in ("bptt", "rate")}
     title = "convolutional, constant, T = 8"
-    report(title, [compare(arms, seed, epochs // 2) for seed in bar(seeds, desc=title)])
+    report(title, [compare(arms, seed, epochs * 2 // 3) for seed in bar(seeds, desc=title)])
 
     print(f"\n{'latency code, leak 0.9':32s}{'through time':>16s}{'by rates':>16s}{'readout':>16s}")
     for sizes in ((64, 128, 10), (64, 128, 128, 10)):
         neuron = rate.lif(leak=0.9)
         arms = {
-            name: dense_arm(latency, LATENCY_STEPS, sizes=sizes, neuron=neuron, **options)
+            name: dense_arm(
+                latency, LATENCY_STEPS, sizes=sizes, neuron=neuron, learning_rate=1e-2, **options
+            )
             for name, options in {
                 "bptt": {"gradient": "bptt"},
                 "rate": {},
@@ -97,17 +99,29 @@ def main():
 # What is compared: an arm makes a network, and runs it.
 
 
-def dense_arm(encode, num_steps, *, sizes=(64, 256, 256, 10), readout_only=False, **options):
+def dense_arm(
+    encode,
+    num_steps,
+    *,
+    sizes=(64, 256, 256, 10),
+    readout_only=False,
+    learning_rate=1e-3,
+    **options,
+):
     def run(network, x):
         return rate.simulate(network, encode(x), num_steps, **options)
 
     def is_trained(path):
         return not readout_only or path[0].key == "readout"
 
-    return lambda seed: snn.MLP(sizes, rngs=nnx.Rngs(seed)), run, fit_with(run, is_trained)
+    return (
+        lambda seed: snn.MLP(sizes, rngs=nnx.Rngs(seed)),
+        run,
+        fit_with(run, is_trained, learning_rate),
+    )
 
 
-def conv_arm(num_steps, **options):
+def conv_arm(num_steps, *, learning_rate=2e-2, **options):
     def run(network, x):
         images = x.reshape(-1, 8, 8, 1)
         return rate.simulate(network, rate.constant(images), num_steps, order="layer", **options)
@@ -115,7 +129,7 @@ def conv_arm(num_steps, **options):
     def make(seed):
         return snn.ConvNet(1, 10, widths=(8, 16), rngs=nnx.Rngs(seed))
 
-    return make, run, fit_with(run)
+    return make, run, fit_with(run, learning_rate=learning_rate)
 
 
 def bernoulli(x):
@@ -134,13 +148,13 @@ def latency(x):
 # Training and testing.
 
 
-def fit_with(run, is_trained=lambda path: True, weight_decay=0.0):
+def fit_with(run, is_trained=lambda path: True, learning_rate=1e-3, weight_decay=0.0):
     """Return a compiled function that trains a network."""
 
     @partial(jax.jit, static_argnums=0)
     def fit(graph, params, rest, x, y, batches):
         optimiser = optax.adamw(
-            optax.cosine_decay_schedule(1e-3, len(batches)), weight_decay=weight_decay
+            optax.cosine_decay_schedule(learning_rate, len(batches)), weight_decay=weight_decay
         )
 
         def loss(params, rest, x, y):
