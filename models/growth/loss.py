@@ -1,0 +1,223 @@
+"""Growth of any network that takes its layers as an argument, by its loss."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from probbp.models.growth.acceptance import Acceptance, Search, check_acceptance, propose
+from probbp.models.growth.machine import Fit, Host
+from probbp.ops import dendrites as ops
+from probbp.ops.dendrites import Dendrites, Observation
+
+
+def from_loss(
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    optimiser: optax.GradientTransformation,
+    train: Any,
+    validation: Any,
+    *,
+    batch_size: int = 64,
+    layers: Sequence[str] | None = None,
+    freeze: bool = False,
+    perforate: bool = False,
+    slots: int | None = None,
+    acceptance: Acceptance = "evidence",
+    prior_scale: float = 1.0,
+    level: float = 0.05,
+    search_optimiser: optax.GradientTransformation | None = None,
+    score: Callable[..., jax.Array] = ops.correlation,
+    num_candidates: int = 4,
+    num_steps: int = 200,
+    init_scale: float = 1.0,
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
+    partial_out: bool = True,
+) -> Host:
+    """Return what `grow` drives: a network, its loss, its optimiser and its data.
+
+    The loss is any function of the form below: least squares, a penalised likelihood (MAP), the
+    negative ELBO of an amortised guide, whose networks then grow. An epoch is one pass through the
+    shuffled rows; the score that growth is judged by is minus the validation loss.
+
+    In the dendrites' phase the network is observed once: candidates climb on the training rows, are
+    chosen by one half of the validation rows, and accepted by the other.
+
+    By default dendrites start from what the search found and are then trained with all else. The
+    paper's way is `freeze=True, perforate=True,
+    acceptance="all", partial_out=False`.
+
+    Args:
+        loss_fn: `(params, layer, batch, rng_key) -> mean loss of the batch`, where the network
+            calls `layer(name, x, kernel, bias)` of `probbp.ops.dendrites.grown`.
+        params: where training starts, a pytree.
+        optimiser: of params and dendrites; it starts anew with each set.
+        train: pytree of arrays with the examples on their first axis.
+        validation: as train, at least two examples.
+        batch_size: rows of a step. Those that fill no batch wait for the next epoch.
+        layers: names of those that may grow; all by default.
+        freeze: whether accepted dendrites stay as the search left them.
+        perforate: whether their errors stop at them. Not a gradient then.
+        slots: masked slots to lay out from the start, so that nothing is compiled twice; by default
+            a set appends one.
+        acceptance: "evidence", "score test", or "all", a dendrite for each neuron.
+        prior_scale: tau, of a dendrite's weight, for the evidence.
+        level: false discovery rate of the score test.
+        search_optimiser: of the candidates; by default Adam at 0.02.
+        score: of a candidate.
+        num_candidates: for each neuron.
+        num_steps: of the search.
+        init_scale: of a candidate's argument at the start.
+        activation: phi.
+        partial_out: as in `probbp.ops.dendrites.search`; the papers' score is without.
+
+    Raises:
+        ValueError: for an unknown acceptance or layer, and for too few rows.
+    """
+    check_acceptance(acceptance)
+    num_train, num_validation = _num_rows(train), _num_rows(validation)
+    if num_validation < 2 or num_train < batch_size:
+        raise ValueError(
+            f"{num_train} training rows for batches of {batch_size} and {num_validation} for "
+            "validation: a batch must be full, and validation has two halves."
+        )
+    search = Search(
+        optax.adam(0.02) if search_optimiser is None else search_optimiser,
+        score,
+        num_candidates,
+        num_steps,
+        init_scale,
+        activation,
+        partial_out,
+    )
+    layer_fn = partial(ops.grown, activation=activation, freeze=freeze, perforate=perforate)
+    kernels = _kernels(loss_fn, params, train, layers)
+
+    def like(masks):
+        dendrites = {
+            name: ops.empty(jnp.zeros(kernel.shape, kernel.dtype), len(masks[name]))
+            for name, kernel in kernels.items()
+        }
+        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
+
+    def init():
+        return like({name: [None] * (slots or 0) for name in kernels})
+
+    @jax.jit
+    def run_epoch(rng_key, fit, train, validation):
+        key_order, key_steps = jax.random.split(rng_key)
+        num_batches = num_train // batch_size
+        order = jax.random.permutation(key_order, num_train)[: num_batches * batch_size]
+
+        def step(carry, inputs):
+            fit, (rows, key) = carry, inputs
+            batch = jax.tree.map(lambda leaf: leaf[rows], train)
+            (params, state), dendrites = fit
+
+            def loss(trained):
+                params, own = trained
+                return loss_fn(params, layer_fn(_with(dendrites, own)), batch, key)
+
+            trained = _trained(params, dendrites, freeze)
+            updates, state = optimiser.update(jax.grad(loss)(trained), state, trained)
+            params, own = optax.apply_updates(trained, updates)
+            return Fit((params, state), _with(dendrites, own)), None
+
+        batches = order.reshape(num_batches, batch_size), jax.random.split(key_steps, num_batches)
+        fit = jax.lax.scan(step, fit, batches)[0]
+        # One key for all epochs: where the loss is an estimate, scores share its noise.
+        key_score = jax.random.key(0)
+        loss = loss_fn(fit.state[0], layer_fn(fit.dendrites), validation, key_score)
+        return fit, -loss
+
+    @jax.jit
+    def run_propose(rng_key, fit, train, validation):
+        key_loss, key_halves, key_search = jax.random.split(rng_key, 3)
+
+        def observed(rows):
+            def loss(layer):
+                return _num_rows(rows) * loss_fn(fit.state[0], layer, rows, key_loss)
+
+            seen = ops.observe(loss, layer_fn(fit.dendrites))[1]
+            return {name: seen[name] for name in kernels}
+
+        order = jax.random.permutation(key_halves, num_validation)
+        half = num_validation // 2
+        there = observed(validation)
+        held, test = (_at(there, rows) for rows in (order[:half], order[half:]))
+        return propose(
+            key_search,
+            observed(train),
+            held,
+            test,
+            fit.dendrites,
+            search,
+            acceptance=acceptance,
+            prior_scale=prior_scale,
+            level=level,
+        )
+
+    def grow(fit, proposal, slot):
+        dendrites = {
+            name: ops.grow(
+                there,
+                proposal.candidates[name],
+                proposal.masks[name],
+                proposal.weights[name],
+                slot=None if slots is None else slot,
+            )
+            for name, there in fit.dendrites.items()
+        }
+        params = fit.state[0]
+        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
+
+    return Host(
+        init=init,
+        like=like,
+        epoch=lambda rng_key, fit: run_epoch(rng_key, fit, train, validation),
+        propose=lambda rng_key, fit: run_propose(rng_key, fit, train, validation),
+        grow=grow,
+        params=lambda fit: fit.state[0],
+        layer=layer_fn,
+        max_sets=slots,
+    )
+
+
+def _trained(params: Any, dendrites: dict[str, Dendrites], freeze: bool):
+    """Return what the optimiser moves: frozen leaves have no state and suffer no weight decay."""
+    names = ("weight",) if freeze else ("kernel", "bias", "cascade", "weight")
+    own = {name: {n: getattr(there, n) for n in names} for name, there in dendrites.items()}
+    return params, own
+
+
+def _with(dendrites: dict[str, Dendrites], own: dict[str, dict[str, jax.Array]]):
+    return {name: there._replace(**own[name]) for name, there in dendrites.items()}
+
+
+def _at(observed, rows):
+    return {name: Observation(*(leaf[rows] for leaf in seen)) for name, seen in observed.items()}
+
+
+def _kernels(loss_fn, params, train, layers):
+    """Return the shapes of the kernels of the layers that may grow, in the order of the calls."""
+    kernels = {}
+    plain = ops.grown({})
+
+    def note(name, x, kernel, bias=None, **options):
+        kernels[name] = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+        return plain(name, x, kernel, bias, **options)
+
+    key = jax.random.key(0)
+    jax.eval_shape(lambda params, rows: loss_fn(params, note, rows, key), params, train)
+    names = kernels if layers is None else layers
+    unknown = [name for name in names if name not in kernels]
+    if unknown or not kernels:
+        raise ValueError(f"The network calls the layers {list(kernels)}, and not {unknown}.")
+    return {name: kernels[name] for name in names}
+
+
+def _num_rows(data):
+    return jax.tree.leaves(data)[0].shape[0]
