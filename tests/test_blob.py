@@ -271,6 +271,7 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
     assert got.dtype == dtype
 
 
+@pytest.mark.optimised  # without, a loop and its parts round apart
 @pytest.mark.parametrize("name", ["nnx", "out-in", "out-in, checkpoint", "scan"])
 def test_the_network_is_itself_where_b_is_zero(name):
     bayes, apply_fn, base, x = build(name)

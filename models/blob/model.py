@@ -294,6 +294,7 @@ def svi(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
+        >>> from probbp.models.blob import rescaled_cycle
         >>> network, params = lambda params, x: x @ params["w"], {"w": jnp.zeros((4, 2))}
         >>> x, y = jnp.eye(4), jnp.array([0, 0, 1, 1])
         >>> lora = bayesian_lora(network, params, target="w", example=(x,), rank=2)

@@ -39,7 +39,7 @@ def from_nnx(model: Any) -> tuple[Callable[..., Any], Any]:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params, layer, *inputs):
-        copy = nnx.merge(graph, params, rest)
+        copy = nnx.merge(graph, params, rest, copy=True)
         for path, module in nnx.iter_graph(copy):
             name = ".".join(str(part) for part in path)
             if isinstance(module, nnx.Linear):

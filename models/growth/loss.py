@@ -47,8 +47,7 @@ def from_loss(
     chosen by one half of the validation rows, and accepted by the other.
 
     By default dendrites start from what the search found and are then trained with all else. The
-    paper's way is `freeze=True, perforate=True,
-    acceptance="all", partial_out=False`.
+    paper's way is to set `freeze=True`, `perforate=True`, `acceptance="all"`, `partial_out=False`.
 
     Args:
         loss_fn: `(params, layer, batch, rng_key) -> mean loss of the batch`, where the network

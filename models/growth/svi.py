@@ -210,7 +210,6 @@ def _program(model, guide, optimiser, args, kwargs, weights, layer_fn, prior_sca
 
     @partial(jax.jit, static_argnames="length")
     def epoch(rng_key, score_key, optim_state, dendrites, args, length):
-
         def step(state, _):
             return svi.update(state, *args, dendrites=dendrites, **kwargs)[0], None
 

@@ -67,6 +67,7 @@ def simulate(
 
     Example:
         >>> import jax
+        >>> from probbp.models.physics import oscillator
         >>> records = simulate(jax.random.key(0), oscillator(), 5, {"temperature": 20.0})
         >>> records.x.shape, records.c.shape, records.y.shape
         ((5, 64), (5, 1), (5, 1))

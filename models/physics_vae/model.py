@@ -186,6 +186,7 @@ def physics_vae(
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist, optax
+        >>> from probbp.models.physics_vae import continuous, predict, svi
         >>> times = jnp.linspace(0, 3, 16)
         >>> physics = lambda parameters: jnp.exp(-parameters["rate"] * times)
         >>> priors = {"rate": dist.LogNormal(0.0, 0.5)}

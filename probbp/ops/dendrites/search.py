@@ -111,7 +111,6 @@ def search(
         activation: phi.
         init_scale: standard deviation of a candidate's argument at the start. Small ones are nearly
             linear, and what is linear in the inputs the trained neuron says itself.
-
         partial_out: whether what the inputs and a constant say of d by a linear regression is taken
             out of it before it is scored. The neuron says that itself, and a plain correlation
             charges for it: candidates then avoid the middle of phi, where it is nearly linear, and
