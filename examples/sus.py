@@ -21,7 +21,7 @@ import optax
 from probbp.models import transformer
 from probbp.ops import sus
 
-length, num_layers, num_steps = 1024, 2, 150
+length, num_layers, num_steps = 1024, 2, 110
 folder = Path(sysconfig.get_paths()["stdlib"])
 text = b"".join(path.read_bytes() for path in sorted(folder.glob("[a-f]*.py")))
 text = jnp.asarray(np.frombuffer(text, np.uint8), jnp.int32)

@@ -110,7 +110,7 @@ def test_the_target_is_invariant(name, seed, dtype, targets):
         assert z < PASS, target.name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", WRONG)
 def test_the_invariance_test_rejects_every_planted_bug(name, seed):
     builder, epsilon, target_name = WRONG[name]
