@@ -20,7 +20,7 @@ digits, half of them for training; Adam with a cosine decay, batches of 128.
 
     python examples/papers/rate.py [--fast]
 
-About nine minutes on two cores.
+About seven minutes on two cores.
 """
 
 import argparse
