@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,14 +13,11 @@ from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.handlers import substitute
 
+from probbp.models.physics_vae.checks import check_options, check_physics
 from probbp.models.physics_vae.coordinates import Latent, constrain, latents_of
 from probbp.models.physics_vae.labels import Label, standardisation
+from probbp.models.physics_vae.records import observe, records_plate, rows_of
 from probbp.ops import gradient_reversal
-
-_RESERVED = {
-    *("x", "c", "y", "z_c", "z_y", "noise", "physics", "residual", "prediction", "sigma_x"),
-    *("c_missing", "y_missing", "c_mean", "y_mean", "c_adversary", "y_adversary", "records"),
-}
 
 
 class PhysicsVAE(NamedTuple):
@@ -208,7 +204,7 @@ def physics_vae(
     labels = {"c": domain, "y": classes}
     labels = {name: label for name, label in labels.items() if label is not None}
     dims = {"c": domain_dim, "y": class_dim}
-    _check_options(priors, x, labels, reference, guide, known)
+    check_options(priors, x, labels, reference, guide, known)
     num_outputs, dtype = x.shape[-1], jnp.result_type(x.dtype, jnp.float32)
     loc, scale = (jnp.asarray(a, dtype) for a in standardisation(x))
     overall = jnp.sqrt(jnp.mean(scale**2))
@@ -234,7 +230,7 @@ def physics_vae(
         sizes[f"head_{name}"] = (dims[name], half, label.num_outputs)
         sizes[f"adversary_{name}"] = (spread_of_z.shape[1], half, label.num_outputs)
     modules = _networks(sizes, networks, nnx.Rngs(0) if rngs is None else rngs, dtype)
-    _check_physics(physics, priors, known, num_outputs)
+    check_physics(physics, priors, known, num_outputs)
 
     def net(name):
         return nnx_module(name, modules[name])
@@ -284,11 +280,11 @@ def physics_vae(
         label_weight=1.0,
         heads=True,
     ):
-        rows = _rows(labels, x, c, y, known, has_c, has_y, num_records)
+        rows = rows_of(labels, x, c, y, known, has_c, has_y, num_records)
         sigma = numpyro.param("sigma_x", overall, constraint=dist.constraints.positive)
         if relative:
             strength = strength * jax.lax.stop_gradient(sigma) ** 2 / num_outputs
-        with _records(rows, subsample_size) as rows:
+        with records_plate(rows, subsample_size) as rows:
             x, known = rows["x"], rows["known"]
             parameters = {name: numpyro.sample(name, p) for name, p in priors.items()}
             z = {
@@ -319,7 +315,7 @@ def physics_vae(
                 # Without x all is drawn, and a label is what the draws are conditioned on.
                 value, has = (None, None) if x is None else (rows[name], rows[f"has_{name}"])
                 with numpyro.handlers.scale(scale=label_weight):
-                    _observe(name, label.likelihood(outputs), value, has)
+                    observe(name, label.likelihood(outputs), value, has)
                 if invariance is not None and x is not None:
                     shift, spread = spread_of_z
                     told = jnp.concatenate(
@@ -327,7 +323,7 @@ def physics_vae(
                     )
                     told = gradient_reversal((told - shift) / spread, invariance)
                     outputs = net(f"adversary_{name}")(told)
-                    _observe(f"{name}_adversary", label.likelihood(outputs), value, has)
+                    observe(f"{name}_adversary", label.likelihood(outputs), value, has)
 
     def amortised(
         x,
@@ -342,8 +338,8 @@ def physics_vae(
     ):
         if x is None:
             raise ValueError("The guide reads the responses: pass x.")
-        rows = _rows(labels, x, c, y, known, has_c, has_y, None)
-        with _records(rows, subsample_size) as rows:
+        rows = rows_of(labels, x, c, y, known, has_c, has_y, None)
+        with records_plate(rows, subsample_size) as rows:
             mean, factor = gaussian(rows["x"])
             standard = dist.Normal(jnp.zeros_like(mean), 1.0).to_event(1)
             noise = numpyro.sample("noise", standard, infer={"is_auxiliary": True})
@@ -390,49 +386,6 @@ def physics_vae(
     )
 
 
-def _rows(labels, x, c, y, known, has_c, has_y, num_records):
-    """Return all that has a first axis of records, what is missing filled up."""
-    rows = {"x": x, "known": known, "c": c, "y": y, "has_c": has_c, "has_y": has_y}
-    sizes = {name: len(value) for name, value in rows.items() if value is not None}
-    if num_records is not None:
-        sizes["num_records"] = num_records
-    if len(set(sizes.values())) != 1:
-        raise ValueError(
-            f"All arrays have the records on their first axis, but these have {sizes}. Without x, "
-            "c and y, pass num_records."
-        )
-    num = next(iter(sizes.values()))
-    for name in ("c", "y"):
-        value = rows[name]
-        if name not in labels:
-            if value is not None or rows[f"has_{name}"] is not None:
-                raise ValueError(f"{name} is given, but physics_vae got no label for it.")
-            continue
-        marginal = labels[name].marginal
-        shape = (num, *marginal.event_shape)
-        if value is None:
-            dtype = int if marginal.support.is_discrete else float
-            rows[name], rows[f"has_{name}"] = jnp.zeros(shape, dtype), jnp.zeros(num, bool)
-            continue
-        if jnp.shape(value) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {jnp.shape(value)}.")
-    return num, rows
-
-
-@contextmanager
-def _records(num_and_rows, subsample_size):
-    num, rows = num_and_rows
-    with numpyro.plate("records", num, subsample_size) as index:
-        if subsample_size is not None and subsample_size < num:
-            rows = {name: None if v is None else jnp.asarray(v)[index] for name, v in rows.items()}
-        yield rows
-
-
-def _observe(name, distribution, value, has):
-    distribution = distribution if has is None else distribution.mask(has)
-    numpyro.sample(name, distribution, obs=value)
-
-
 def _networks(sizes, networks, rngs, dtype):
     networks = dict(networks or {})
     if unknown := sorted(networks.keys() - sizes.keys()):
@@ -446,36 +399,3 @@ def _networks(sizes, networks, rngs, dtype):
             raise ValueError(f"networks[{name!r}] must map (3, {num_in}) to (3, {num_out}), and "
                              f"maps it to {out.shape}.")  # fmt: skip
     return {name: MLP(size, rngs, dtype) for name, size in sizes.items()} | networks
-
-
-def _check_options(priors, x, labels, reference, guide, known):
-    if x.ndim != 2 or not np.isfinite(x).all():
-        raise ValueError(f"x must be finite and (records, outputs), got shape {x.shape}.")
-    if guide not in ("joint", "partitioned"):
-        raise ValueError(f"guide must be 'joint' or 'partitioned', got {guide!r}.")
-    if not labels:
-        raise ValueError("Give a domain, classes or both: the residual is a function of them.")
-    if taken := sorted(priors.keys() & _RESERVED):
-        raise ValueError(f"priors has {taken}, which are names of other sites: choose others.")
-    for name, prior in priors.items():
-        if prior.batch_shape or prior.support.is_discrete:
-            raise ValueError(
-                f"The prior of {name!r} must be continuous and have no batch shape, got "
-                f"{prior.batch_shape}: use to_event(1)."
-            )
-    if reference is not None and reference.keys() != labels.keys():
-        raise ValueError(f"reference must have {sorted(labels)}, got {sorted(reference)}.")
-    if known is not None and (known.ndim != 2 or len(known) != len(x)):
-        raise ValueError(f"known must be ({len(x)}, n), got {known.shape}.")
-
-
-def _check_physics(physics, priors, known, num_outputs):
-    dtype = jnp.result_type(float)
-    one = {name: jax.ShapeDtypeStruct(p.event_shape, dtype) for name, p in priors.items()}
-    inputs = () if known is None else (jax.ShapeDtypeStruct(known.shape[1:], dtype),)
-    out = jax.eval_shape(physics, one, *inputs)
-    if getattr(out, "shape", None) != (num_outputs,):
-        raise ValueError(
-            f"physics must return one response ({num_outputs},) for the parameters of one record, "
-            f"but returns {jax.tree.map(jnp.shape, out)}. physics_vae maps it over records."
-        )
