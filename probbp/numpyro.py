@@ -12,7 +12,7 @@ from numpyro.handlers import seed, trace
 from numpyro.infer import init_to_uniform, initialization
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
-from numpyro.optim import _NumPyroOptim, optax_to_numpyro
+from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import Messenger
 from numpyro.util import identity, is_prng_key
 
@@ -336,6 +336,9 @@ class Optim(_NumPyroOptim):
         estimator: such as `probbp.estimators.forward(num_tangents=16)`.
         rng_key: key of the estimates. SVI gives an optimiser none, so that runs which differ in
             SVI's key alone share the directions of their estimates.
+        extra_args: what the transformation's `update` is given beside `value`, as a function of the
+            model's mutable state (`numpyro.mutable`) after the step: `lambda state: {"acts": ...}`
+            for the activations that `probbp.optim.dsbp` tracks.
 
     Raises:
         TypeError: for a transformation that is not Optax's.
@@ -362,6 +365,7 @@ class Optim(_NumPyroOptim):
         estimator: Estimator,
         *,
         rng_key: jax.Array | None = None,
+        extra_args: Callable[[Any], dict[str, Any]] | None = None,
     ):
         if not isinstance(transformation, optax.GradientTransformation):
             raise TypeError(
@@ -369,16 +373,16 @@ class Optim(_NumPyroOptim):
                 f"{type(transformation).__name__}."
             )
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        host = optax_to_numpyro(transformation)
+        transformation = optax.with_extra_args_support(transformation)
 
         def init_fn(params):
-            params, optax_state = host.init_fn(params)
-            return OptimState(params, optax_state, rng_key)
+            return OptimState(params, transformation.init(params), rng_key)
 
-        def update_fn(step, grads, state, value):
-            params, optax_state = host.update_fn(
-                step, grads, (state.params, state.optax_state), value=value
+        def update_fn(step, grads, state, value, **extra):
+            updates, optax_state = transformation.update(
+                grads, state.optax_state, state.params, value=value, **extra
             )
+            params = optax.apply_updates(state.params, updates)
             return OptimState(params, optax_state, state.rng_key)
 
         def make():
@@ -386,11 +390,18 @@ class Optim(_NumPyroOptim):
 
         super().__init__(make, update_with_value=True)
         self._estimator = estimator
+        self._extra_args = extra_args
+
+    def update(self, g, state, value=None, mutable_state=None):
+        """Take one step on a gradient."""
+        step, optim_state = state
+        extra = {} if self._extra_args is None else self._extra_args(mutable_state)
+        return step + 1, self.update_fn(step, g, optim_state, value=value, **extra)
 
     def eval_and_update(self, fn, state, forward_mode_differentiation=False):
         """Take one step on the estimate of `fn`'s gradient; called by `SVI.update`."""
         (out, aux), grads, state = self._estimate(fn, state, forward_mode_differentiation)
-        return (out, aux), self.update(grads, state, value=out)
+        return (out, aux), self.update(grads, state, value=out, mutable_state=aux)
 
     def eval_and_stable_update(self, fn, state, forward_mode_differentiation=False):
         """Do the same unless the loss or the estimate is not finite: then only the key moves on."""
@@ -398,7 +409,7 @@ class Optim(_NumPyroOptim):
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((out, grads))]
         out, state = jax.lax.cond(
             jnp.all(jnp.stack(finite)),
-            lambda: (out, self.update(grads, state, value=out)),
+            lambda: (out, self.update(grads, state, value=out, mutable_state=aux)),
             lambda: (jnp.full_like(out, jnp.nan), state),
         )
         return (out, aux), state

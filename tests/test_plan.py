@@ -25,7 +25,7 @@ HOSTS = {
     "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm"},
     "estimators": {"jax", "optax"},
     "ops": {"jax"},
-    "optim": {"jax", "optax"},
+    "optim": {"jax", "optax", "blackjax", "matfree"},
     "diagnostics": {
         *("jax", "numpy", "scipy", "optax", "tqdm"),
         *("arviz", "xarray", "matplotlib", "numpyro"),
