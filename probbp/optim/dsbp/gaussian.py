@@ -7,7 +7,7 @@ full rank: a sampler whose noise is projected leaves directions unexplored, what
 acceptance test does.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +110,14 @@ def guide_params(
 
 
 def _require_full_rank(spectrum: Spectrum) -> None:
-    values: Any = spectrum.values
     size, rank = spectrum.vectors.shape
-    smallest = jnp.min(values) if rank == size else jnp.minimum(jnp.min(values), spectrum.bulk)
+    smallest = jnp.min(spectrum.values)
+    if rank < size:
+        smallest = jnp.minimum(smallest, spectrum.bulk)
     if isinstance(smallest, Tracer):
         return
-    if not smallest > 0:
+    rounding = size * jnp.finfo(smallest.dtype).eps * spectrum.trace
+    if not smallest > rounding:
         raise ValueError(
             f"The spectrum has {float(smallest):.3g} for an eigenvalue or for `bulk`, the mean of "
             "those not tracked, and a scale of that kind would leave directions unexplored. Track "

@@ -117,10 +117,10 @@ def track(
         raise ValueError(f"decay must be between 0 and 1; got {decay}.")
     vectors, values, so_far, count = spectrum
     # beta (1 - beta^t) / (1 - beta^(t + 1)): the weights of a mean that knows where it began.
-    weight = count / (count + 1)
+    seen = count.astype(values.dtype)
+    weight = seen / (seen + 1)
     if decay < 1:
-        weight = decay * (1 - decay**count) / (1 - decay ** (count + 1))
-    weight = weight.astype(values.dtype)
+        weight = decay * (1 - decay**seen) / (1 - decay ** (seen + 1))
     image = weight * vectors * values[..., None, :] + (1 - weight) * product(vectors)
     frame, triangle = jnp.linalg.qr(image)
     turn, sizes, _ = jnp.linalg.svd(triangle)

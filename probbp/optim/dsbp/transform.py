@@ -10,14 +10,15 @@ matrix (m, n), lambda the eigenvalues, b the mean of those not tracked:
 mode        update
 =========== ===================================================================================
 `residual`  :math:`Q\, f(Q^\top G) + s\,(I - QQ^\top) G,\; s = \|f(Q^\top G)\| / \|Q^\top G\|`
-`whiten`    :math:`Q (\lambda + \epsilon)^{-1/2} Q^\top G + (b + \epsilon)^{-1/2} (I - QQ^\top) G`
+`whiten`    :math:`Q (\lambda + \delta)^{-1/2} Q^\top G + (b + \delta)^{-1/2} (I - QQ^\top) G`
 `damp`      :math:`Q \min(1, \sqrt{b / \lambda})\, Q^\top G + (I - QQ^\top) G`
 `project`   :math:`Q\, f(Q^\top G)`
 `random`    as `project`, with a Q drawn anew at every refresh
 `bulk`      :math:`(I - QQ^\top) G`
 =========== ===================================================================================
 
-f is an optimiser whose moments live in the basis (k n numbers in place of m n), and turn with it.
+with :math:`\delta = \epsilon\, \mathrm{tr} / m`, a share of the mean eigenvalue; f is an optimiser
+whose moments live in the basis (k n numbers in place of m n), and turn with it.
 """
 
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def scale_by_dynamic_spectral(
     inner: optax.GradientTransformation | None = None,
     decay: float = 0.9,
     refresh: int = 10,
-    eps: float = 1e-8,
+    eps: float = 1e-3,
     weight_dimension_numbers: Tree | Callable[[Tree], Tree] | None = None,
     seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -101,7 +102,8 @@ def scale_by_dynamic_spectral(
             are. By default `optax.scale_by_adam()` for `residual`, and nothing for the others.
         decay: the weight of the past in the spectra, at each refresh.
         refresh: updates between two refreshes; the first update is one.
-        eps: added to eigenvalues, in `whiten`.
+        eps: what is added to eigenvalues in `whiten`, in units of their mean. The larger, the
+            less a direction is blown up in which no gradient has been yet.
         weight_dimension_numbers: which axes make a matrix, as in `optax.contrib.muon`. By default
             the last axis against all others, from two axes on, as of dense and convolutional
             kernels. Stacked layers need it: `MuonDimensionNumbers(1, 2)` for (layers, in, out).
@@ -223,7 +225,10 @@ def _combine(
         )
         outside = jnp.where(norm > 0, norm_moved / jnp.where(norm > 0, norm, 1), 1)
     elif mode == "whiten":
-        moved, outside = inside * (values + eps) ** -0.5, (bulk + eps) ** -0.5
+        # The least number keeps a gradient of zero from being divided by zero.
+        floor = eps * spectrum.trace[..., None, None] / gradient.shape[-2]
+        floor = floor + jnp.finfo(gradient.dtype).tiny
+        moved, outside = inside * (values + floor) ** -0.5, (bulk + floor) ** -0.5
     elif mode == "damp":
         moved = inside * jnp.sqrt(jnp.minimum(bulk / jnp.where(values > 0, values, 1), 1))
     elif mode == "bulk":

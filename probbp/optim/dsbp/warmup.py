@@ -112,11 +112,12 @@ def _update(state: TrackedMetricState, position: Tree, grad: Tree | None) -> Tra
     del grad
     draw, _ = ravel_pytree(position)
     count = state.count + 1
+    num = count.astype(state.mean.dtype)
     step = draw.astype(state.mean.dtype) - state.mean
-    mean = state.mean + step / count
+    mean = state.mean + step / num
     squares = state.squares + step * (draw - mean)
     # Deviations from the mean so far, weighted so that their mean of squares is the variance's.
-    deviation = step * jnp.sqrt((count - 1) / count) / state.scale
+    deviation = step * jnp.sqrt((num - 1) / num) / state.scale
     spectrum = tracker.track(
         state.spectrum,
         lambda vectors: deviation[:, None] * (deviation @ vectors),
@@ -128,8 +129,7 @@ def _update(state: TrackedMetricState, position: Tree, grad: Tree | None) -> Tra
 
 def _final(state: TrackedMetricState) -> TrackedMetricState:
     """End a window: its scale for the next, and the accumulators anew; the basis stays."""
-    weight = state.count / (state.count + 5)
-    variances = state.squares / jnp.maximum(state.count, 1)
-    scale = jnp.sqrt(weight * variances + (1 - weight) * state.scale**2)
+    num = state.count.astype(state.mean.dtype)
+    scale = jnp.sqrt((state.squares + 5 * state.scale**2) / (num + 5))
     learnt = inverse_mass_matrix(state.spectrum, scale=state.scale)
     return _window(scale, state.spectrum.vectors)._replace(inverse_mass_matrix=learnt)
