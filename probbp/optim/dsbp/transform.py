@@ -239,9 +239,16 @@ def _combine(
 
 def _follow(spectrum: Spectrum, rows: jax.Array, decay: float) -> Spectrum:
     """Take in the second moment of a matrix (..., m, n) along its first axis."""
+
+    def product(vectors: jax.Array) -> jax.Array:
+        # The wide matrix is last in both products: in this order XLA's on a CPU are ten times
+        # as fast.
+        inside = _transposed(vectors) @ rows
+        return jnp.einsum("...mn,...kn->...mk", rows, inside)
+
     return tracker.track(
         spectrum,
-        lambda vectors: rows @ (_transposed(rows) @ vectors),
+        product,
         trace=jnp.sum(rows**2, axis=(-2, -1)),
         decay=decay,
     )
