@@ -1,0 +1,114 @@
+"""Minimise a noisy loss: the loop of training and of fine-tuning, with progress and checkpoints."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm.auto import tqdm
+
+from probbp.models.diffusion import files
+
+
+class Descent(NamedTuple):
+    """Where a descent is.
+
+    Attributes:
+        params: what is moved.
+        average: of the parameters so far, exponentially weighted.
+        optax_state: of the optimiser.
+        losses: (num_steps,); NaN where the descent has not been.
+    """
+
+    params: Any
+    average: Any
+    optax_state: Any
+    losses: jax.Array
+
+
+def descend(
+    rng_key: jax.Array,
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    data: Any,
+    optimiser: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    decay: float,
+    checkpoint: str | os.PathLike[str] | None,
+    every: int,
+    progress_bar: bool,
+    title: str,
+) -> Descent:
+    """Take steps of an optimiser on `loss_fn(params, rng_key, data)`, each with a key of its own.
+
+    The same key gives the same run, also where that was interrupted: a second call with the same
+    checkpoint goes on from the last that was written.
+
+    Args:
+        rng_key: of the run.
+        loss_fn: a scalar.
+        params: where to start, a pytree.
+        data: pytree of arrays, handed to the compiled step.
+        optimiser: of Optax.
+        num_steps: in all.
+        decay: of the average, by step; its start is that of the parameters, whose weight at step n
+            is at most 10 / (n + 10) whatever the decay.
+        checkpoint: a folder of Orbax checkpoints, made where it is not there.
+        every: steps between checkpoints, and between returns from the compiled loop.
+        progress_bar: whether to show steps and loss.
+        title: of the bar.
+
+    Raises:
+        FloatingPointError: where the loss is no longer finite.
+        ImportError: for a checkpoint without the package orbax-checkpoint.
+        ValueError: for counts that are not positive, and another run's checkpoint.
+    """
+    if num_steps < 1 or every < 1:
+        raise ValueError(f"num_steps and every must be positive, got {num_steps} and {every}.")
+
+    @partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def advance(state, begin, data, length):
+        def step(state, n):
+            key = jax.random.fold_in(rng_key, n)
+            loss, grad = jax.value_and_grad(loss_fn)(state.params, key, data)
+            updates, optax_state = optimiser.update(grad, state.optax_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            share = jnp.maximum(1 - decay, 10 / (n + 10))
+            average = jax.tree.map(
+                lambda mean, leaf: mean + share.astype(leaf.dtype) * (leaf - mean),
+                state.average,
+                params,
+            )
+            losses = state.losses.at[n].set(loss.astype(state.losses.dtype))
+            return Descent(params, average, optax_state, losses), None
+
+        return jax.lax.scan(step, state, begin + jnp.arange(length))[0]
+
+    # Copies, because the compiled loop writes over its argument.
+    params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
+    state = Descent(params, average, optimiser.init(params), jnp.full(num_steps, jnp.nan))
+    done = 0
+    if checkpoint is not None:
+        done, state = files.restore(checkpoint, state)
+    with tqdm(total=num_steps, initial=done, desc=title, disable=not progress_bar) as bar:
+        while done < num_steps:
+            length = min(every, num_steps - done)
+            state = advance(state, done, data, length)
+            losses = np.asarray(state.losses[done : done + length])
+            if not np.isfinite(losses).all():
+                raise FloatingPointError(
+                    f"The loss is {losses[~np.isfinite(losses)][0]} within steps {done} to "
+                    f"{done + length}. Lower the learning rate, or clip by "
+                    "optax.clip_by_global_norm."
+                )
+            done += length
+            bar.update(length)
+            bar.set_postfix_str(f"loss {losses.mean():.4g}", False)
+            if checkpoint is not None:
+                files.save(checkpoint, done, state)
+    return state

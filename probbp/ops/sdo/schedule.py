@@ -1,0 +1,143 @@
+r"""How much signal is left at each step of a diffusion, and what a step of the sampler multiplies.
+
+A noisy sample is :math:`x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon`.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+Prediction = Literal["eps", "v"]
+
+
+class Schedule(NamedTuple):
+    """The steps of a sampler, from noise to data. Plain NumPy, in double precision.
+
+    Attributes:
+        times: (num_steps,), falling: the steps of training at which the network is called.
+        signal: (num_steps + 1,), alpha-bar at each time; at the end 1, the data.
+        train_signal: (num_train_steps,), alpha-bar of all steps of training.
+    """
+
+    times: np.ndarray
+    signal: np.ndarray
+    train_signal: np.ndarray
+
+
+class Steps(NamedTuple):
+    """The sampler as a recursion: x' = keep x + push output + spread noise; (num_steps,) each."""
+
+    keep: np.ndarray
+    push: np.ndarray
+    spread: np.ndarray
+
+
+def linear(
+    num_steps: int,
+    *,
+    num_train_steps: int = 1000,
+    first_beta: float = 1e-4,
+    last_beta: float = 0.02,
+    start: int | None = None,
+) -> Schedule:
+    """Return the schedule of Ho et al., whose noise variances beta rise linearly.
+
+    Args:
+        num_steps: of the sampler; at most `num_train_steps`.
+        num_train_steps: for which the network was trained.
+        first_beta: variance of the noise added in the first step of training.
+        last_beta: in the last.
+        start: the step of training at which the sampler starts; by default the last, pure noise.
+            Less is for data that were noised only so far.
+
+    Raises:
+        ValueError: for steps or variances out of range.
+
+    Example:
+        >>> schedule = linear(4)
+        >>> schedule.times.tolist(), float(schedule.signal[-1])
+        ([999, 749, 499, 249], 1.0)
+
+    Reference:
+        Ho et al., 2020, arXiv:2006.11239. The choice of times, from the last step of training down
+        in equal strides, is that of Lin et al., 2023, arXiv:2305.08891, table 2.
+    """
+    if not 0 < first_beta <= last_beta < 1:
+        raise ValueError(f"0 < first_beta <= last_beta < 1, got {first_beta} and {last_beta}.")
+    return _spaced(np.linspace(first_beta, last_beta, num_train_steps), num_steps, start)
+
+
+def cosine(
+    num_steps: int, *, num_train_steps: int = 1000, offset: float = 0.008, start: int | None = None
+) -> Schedule:
+    r"""Return the schedule of Nichol & Dhariwal: alpha-bar falls as a squared cosine.
+
+    At its end hardly any signal is left (alpha-bar about 2e-9 for 1,000 steps), so that a step
+    which predicts the noise divides by next to nothing. `prediction="v"` does not.
+
+    Args:
+        num_steps: of the sampler; at most `num_train_steps`.
+        num_train_steps: for which the network was trained.
+        offset: s, which keeps the first variances from vanishing.
+        start: as in `linear`.
+
+    Raises:
+        ValueError: for steps out of range.
+
+    Reference:
+        Nichol & Dhariwal, 2021, arXiv:2102.09672, equation 17; variances are at most 0.999.
+    """
+    grid = np.arange(num_train_steps + 1) / num_train_steps
+    level = np.cos((grid + offset) / (1 + offset) * np.pi / 2) ** 2
+    return _spaced(np.minimum(1 - level[1:] / level[:-1], 0.999), num_steps, start)
+
+
+def steps_of(schedule: Schedule, prediction: Prediction, eta: float) -> Steps:
+    r"""Return the coefficients of a sampler.
+
+    With the signal :math:`\bar\alpha` of this step and :math:`\bar\alpha'` of the next,
+
+    .. math::
+        \sigma = \eta \sqrt{\frac{1 - \bar\alpha'}{1 - \bar\alpha}
+            \Big(1 - \frac{\bar\alpha}{\bar\alpha'}\Big)}, \qquad
+        x' = \sqrt{\bar\alpha'}\,\hat x_0 + \sqrt{1 - \bar\alpha' - \sigma^2}\,\hat\epsilon
+            + \sigma w,
+
+    where :math:`\hat x_0` and :math:`\hat\epsilon` are linear in x and in the network's output.
+
+    Reference:
+        Song et al., 2021, arXiv:2010.02502, equations 12 and 16; Salimans & Ho, 2022,
+        arXiv:2202.00512, for v.
+    """
+    if prediction not in get_args(Prediction):
+        raise ValueError(f"prediction must be 'eps' or 'v', got {prediction!r}.")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is between 0 (DDIM) and 1 (DDPM), got {eta}.")
+    now, then = schedule.signal[:-1], schedule.signal[1:]
+    if prediction == "eps" and now[0] <= 0:
+        raise ValueError(
+            "No signal is left at the first step, so that its data can't be told from predicted "
+            "noise. Take a network with prediction='v', or another schedule."
+        )
+    spread = eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
+    to_noise = np.sqrt(np.maximum(1 - then - spread**2, 0))
+    root, noise = np.sqrt(now), np.sqrt(1 - now)
+    if prediction == "eps":
+        keep = np.sqrt(then) / root
+        return Steps(keep, to_noise - keep * noise, spread)
+    return Steps(
+        np.sqrt(then) * root + to_noise * noise, to_noise * root - np.sqrt(then) * noise, spread
+    )
+
+
+def _spaced(betas: np.ndarray, num_steps: int, start: int | None) -> Schedule:
+    num_train_steps = len(betas)
+    start = num_train_steps - 1 if start is None else start
+    if not 1 <= num_steps <= start + 1 <= num_train_steps:
+        raise ValueError(
+            f"1 <= num_steps <= start + 1 <= num_train_steps, got {num_steps}, {start} and "
+            f"{num_train_steps}."
+        )
+    train_signal = np.cumprod(1 - betas)
+    times = np.round(np.linspace(start + 1, 0, num_steps + 1)[:-1]).astype(int) - 1
+    return Schedule(times, np.append(train_signal[times], 1.0), train_signal)

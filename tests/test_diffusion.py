@@ -1,0 +1,394 @@
+"""Diffusion priors: the mixture's closed forms, exact posteriors, training and tuning."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from numpyro.handlers import seed, trace
+from numpyro.infer import HMC, MCMC, SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.util import log_density
+from scipy.special import ndtri
+from scipy.stats import norm
+
+import probbp
+from probbp.estimators import reverse, through
+from probbp.models import diffusion
+from probbp.models.diffusion import files
+from probbp.numpyro import Kernel, Optim
+from probbp.ops import sdo
+
+SCHEDULE = sdo.linear(8)
+DATA = diffusion.mixture([0.4, 0.6], [[-1.0, 0.5], [1.0, -0.5]], [[0.3, 0.1], [0.1, 0.2]])
+DENOISER = diffusion.mixture_denoiser(DATA, SCHEDULE)
+MATRIX, Y, SCALE = jnp.array([[1.0, 0.5]]), jnp.array([0.4]), 0.4
+COVARIANCE = jnp.array([[0.3, 0.1], [0.1, 0.2]]) + 0.24 * jnp.array([[4.0, -2.0], [-2.0, 1.0]])
+PATH = sdo.gaussian_path(COVARIANCE)
+
+
+def model(y=Y, **options):
+    x = diffusion.prior("x", DENOISER, (2,), SCHEDULE, **options)
+    numpyro.sample("y", dist.Normal(MATRIX @ x, SCALE).to_event(1), obs=y)
+
+
+def sampled(z, **options):
+    return sdo.sample(DENOISER, z[None], SCHEDULE, **options)[0]
+
+
+def logdensity_fn(z, **options):
+    residual = MATRIX @ sampled(z, **options) - Y
+    return -jnp.sum(z**2) / 2 - jnp.sum(residual**2) / (2 * SCALE**2)
+
+
+# ---------------------------------------------------------------------------------------
+# The mixture.
+
+
+def test_the_mixture_s_denoiser_is_its_score():
+    x = 2 * jax.random.normal(jax.random.key(0), (5, 2))
+    for t in (0, 300, 999):
+        signal = SCHEDULE.train_signal[t]
+        gaussians = DATA.component_distribution
+        noised = diffusion.mixture(
+            DATA.mixing_distribution.probs,
+            signal**0.5 * gaussians.loc,
+            signal * gaussians.covariance_matrix + (1 - signal) * jnp.eye(2),
+        )
+        score = jax.vmap(jax.grad(noised.log_prob))(x)
+        eps = DENOISER(x, jnp.full(5, float(t)))
+        np.testing.assert_allclose(eps, -((1 - signal) ** 0.5) * score, rtol=1e-8)
+
+
+def test_the_mixture_s_posterior_is_bayes_rule():
+    posterior = diffusion.mixture_posterior(DATA, MATRIX, Y, SCALE)
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    likelihood = dist.Normal(x @ MATRIX.T, SCALE).to_event(1).log_prob(Y)
+    evidence = DATA.log_prob(x) + likelihood - posterior.log_prob(x)
+    np.testing.assert_allclose(evidence, evidence[0], rtol=1e-9)
+    np.testing.assert_allclose(jnp.diag(COVARIANCE), DATA.variance, rtol=1e-9)
+
+
+def test_a_mixture_of_data_has_the_classes_moments():
+    x = jax.random.normal(jax.random.key(0), (60, 3))
+    labels = jnp.arange(60) % 7 % 3
+    data = diffusion.mixture_of(x, labels, 3, ridge=0.1)
+    for k in range(3):
+        rows = np.asarray(x[labels == k])
+        np.testing.assert_allclose(data.component_distribution.loc[k], rows.mean(0))
+        np.testing.assert_allclose(
+            data.component_distribution.covariance_matrix[k],
+            np.cov(rows.T, bias=True) + 0.1 * np.eye(3),
+            atol=1e-9,
+        )
+    np.testing.assert_allclose(data.mixing_distribution.probs, jnp.bincount(labels) / 60)
+
+
+def test_the_sampler_comes_to_the_mixture_as_its_steps_grow():
+    """In one dimension the sampler is monotone: quantiles go to quantiles."""
+    data = diffusion.mixture([0.3, 0.7], [[-1.5], [1.0]], [[0.2]])
+    levels = np.linspace(0.01, 0.99, 99)
+    z = jnp.asarray(ndtri(levels))[:, None]
+
+    def distance(num_steps):
+        schedule = sdo.linear(num_steps)
+        x = sdo.sample(diffusion.mixture_denoiser(data, schedule), z, schedule)[:, 0]
+        share = 0.3 * norm(-1.5, 0.2**0.5).cdf(x) + 0.7 * norm(1.0, 0.2**0.5).cdf(x)
+        return np.max(np.abs(share - levels))
+
+    few, many = distance(100), distance(1000)
+    # Of first order in the steps: ten times as many leave about a tenth.
+    assert many < few / 5
+    assert many < 0.01
+
+
+# ---------------------------------------------------------------------------------------
+# The model.
+
+
+def test_sites_shapes_and_plates():
+    def several(eta):
+        with numpyro.plate("outer", 4, dim=-2), numpyro.plate("inner", 3, dim=-1):
+            diffusion.prior("x", DENOISER, (2,), SCHEDULE, eta=eta)
+
+    for eta in (0.0, 1.0):
+        sites = trace(seed(several, 0)).get_trace(eta)
+        latent = {name for name, site in sites.items() if site["type"] == "sample"}
+        assert latent == {"x_noise"} | ({"x_step_noise"} if eta else set())
+        noise, x = sites["x_noise"]["value"], sites["x"]["value"]
+        assert noise.shape == x.shape == (4, 3, 2)
+        step_noise = None
+        if eta:
+            step_noise = sites["x_step_noise"]["value"]
+            assert step_noise.shape == (4, 3, 8, 2)
+            step_noise = jnp.moveaxis(step_noise.reshape(12, 8, 2), 1, 0)
+        plain = sdo.sample(DENOISER, noise.reshape(12, 2), SCHEDULE, eta=eta, step_noise=step_noise)
+        np.testing.assert_allclose(x.reshape(12, 2), plain, rtol=1e-10)
+
+
+def test_the_log_density_is_the_sampler_s_and_its_gradient_the_kept_steps():
+    z = jnp.array([0.5, -1.0])
+
+    @jax.jit
+    def both(z):
+        def ours(z, keep):
+            keyed = seed(partial(model, keep_step=keep, surrogate=PATH), 0)
+            return log_density(keyed, (), {}, {"x_noise": z})[0]
+
+        def theirs(z, keep):
+            return logdensity_fn(z, keep_step=keep, surrogate=PATH)
+
+        keeps = ("first", "all", sdo.Subset(0.5))
+        pairs = [(jax.value_and_grad(ours)(z, keep), keep) for keep in keeps]
+        return [(pair, jax.value_and_grad(theirs)(z, k)) for pair, k in pairs if k in keeps[:2]], [
+            value for (value, _), _ in pairs
+        ]
+
+    constant = -jnp.log(2 * jnp.pi) * 1.5 - jnp.log(SCALE)
+    pairs, values = both(z)
+    for (value, grad), (expected, expected_grad) in pairs:
+        np.testing.assert_allclose(value, expected + constant, rtol=1e-10)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-8)
+    np.testing.assert_allclose(values, values[0], rtol=1e-10)
+
+
+def test_svi_over_noise_and_a_condition():
+    """A condition that the denoiser closes over is found along with the noise."""
+
+    def shifted(y, keep_step="first"):
+        shift = numpyro.sample("shift", dist.Normal(0.0, 2.0))
+
+        def denoiser(x, t):  # the mixture's, moved by `shift`
+            level = jnp.asarray(SCHEDULE.train_signal)[t.astype(int)][:, None]
+            return DENOISER(x - jnp.sqrt(level) * shift, t)
+
+        with numpyro.plate("rows", len(y)):
+            x = diffusion.prior("x", denoiser, (2,), SCHEDULE, keep_step=keep_step, surrogate=PATH)
+            numpyro.sample("y", dist.Normal(x, 0.2).to_event(1), obs=y)
+
+    y = DATA.sample(jax.random.key(3), (20,)) + 3.0
+    found = {}
+    for keep in (sdo.Subset(0.5), "all"):
+        fixed = partial(shifted, keep_step=keep)
+        optim = Optim(optax.adam(0.05), reverse())
+        svi = SVI(fixed, AutoNormal(fixed), optim, Trace_ELBO())
+        result = svi.run(jax.random.key(0), 200, y, progress_bar=False)
+        assert jnp.mean(result.losses[-20:]) < jnp.mean(result.losses[:20]) / 2
+        found[keep] = result.params["shift_auto_loc"], result.params["shift_auto_scale"]
+    (ours, _), (exact, scale) = found.values()
+    # Both wander about one optimum by less than the posterior is wide.
+    assert abs(ours - exact) < 2 * scale
+    assert abs(exact - 3.0) < 1.0
+
+
+# ---------------------------------------------------------------------------------------
+# Exact posteriors.
+
+
+@pytest.fixture(scope="module")
+def moments():
+    """Mean of x and of its square given y, by quadrature over the noise."""
+    grid = jnp.linspace(-7, 7, 281)
+    z = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
+    x = jax.jit(lambda z: sdo.sample(DENOISER, z, SCHEDULE))(z)
+    log_weights = -jnp.sum(z**2, 1) / 2 - jnp.sum((x @ MATRIX.T - Y) ** 2, 1) / (2 * SCALE**2)
+    weights = jax.nn.softmax(log_weights)
+    return np.asarray(weights @ jnp.concatenate([x, x**2], axis=1))
+
+
+def assert_moments(x, moments):
+    """Compare draws (chains, draws, 2) with the moments, by the means of batches."""
+    draws = np.concatenate([x, x**2], axis=-1)
+    chains, num, dim = draws.shape
+    means = draws.reshape(chains * 10, num // 10, dim).mean(1)
+    mcse = means.std(0, ddof=1) / len(means) ** 0.5
+    assert np.all(np.abs(draws.mean((0, 1)) - moments) < 4 * mcse)
+    # And that says something.
+    assert np.all(mcse < 0.1 * draws.std((0, 1)))
+
+
+UNIT = through(optax.normalize_by_update_norm(scale_factor=2.0), reverse())
+FORCES = {
+    "the paper's, of one length": ({}, UNIT),
+    "hybrid": ({"surrogate": PATH, "keep_step": sdo.Last(3)}, None),
+}
+
+
+@pytest.mark.parametrize("name", FORCES)
+def test_mala_with_a_shortcut_for_a_force_is_exact(name, moments):
+    options, estimator = FORCES[name]
+    data = probbp.sample(
+        jax.random.key(1),
+        partial(probbp.mala, partial(logdensity_fn, **options), estimator=estimator),
+        jnp.zeros(2),
+        num_warmup=400,
+        num_samples=2000,
+        num_chains=12,
+        postprocess_fn=lambda z: {"x": sampled(z)},
+        progress_bar=False,
+    )
+    assert_moments(np.asarray(data.posterior["x"]), moments)
+
+
+@pytest.mark.parametrize("name", ["NumPyro's HMC", "our door"])
+def test_numpyro_s_samplers_are_exact(name, moments):
+    if name == "our door":  # with a fresh subset for each move
+        kernel = Kernel(partial(model, surrogate=PATH, keep_step=sdo.Subset(0.3)), probbp.mala)
+    else:
+        kernel = HMC(partial(model, surrogate=PATH), num_steps=3, trajectory_length=None)
+    mcmc = MCMC(
+        kernel,
+        num_warmup=400,
+        num_samples=2000,
+        num_chains=12,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(2))
+    assert_moments(np.asarray(mcmc.get_samples(group_by_chain=True)["x"]), moments)
+
+
+# ---------------------------------------------------------------------------------------
+# Networks.
+
+
+def small(num_conditions=0):
+    return diffusion.Denoiser(
+        (2,), width=32, num_blocks=1, num_conditions=num_conditions, rngs=nnx.Rngs(0)
+    )
+
+
+def flat(network):
+    return ravel_pytree(nnx.state(network, nnx.Param))[0]
+
+
+X = DATA.sample(jax.random.key(4), (500,)).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_training_comes_near_the_best_denoiser(prediction):
+    network = small()
+    before = flat(network)
+    trained = diffusion.train(
+        jax.random.key(0),
+        network,
+        X,
+        SCHEDULE,
+        num_steps=300,
+        prediction=prediction,
+        optimiser=optax.adam(5e-3),
+        decay=0.99,
+        progress_bar=False,
+    )
+    assert np.array_equal(before, flat(network))
+    assert np.isfinite(trained.losses).all()
+    t = jnp.asarray(SCHEDULE.train_signal)
+    key_t, key_noise = jax.random.split(jax.random.key(5))
+    times = jax.random.randint(key_t, (500,), 0, 1000)
+    signal = t[times][:, None].astype(jnp.float32)
+    noise = jax.random.normal(key_noise, X.shape, jnp.float32)
+    noisy = jnp.sqrt(signal) * X + jnp.sqrt(1 - signal) * noise
+
+    def error(eps):
+        return float(jnp.mean((eps - noise) ** 2))
+
+    def of(network):
+        output = network(noisy, times.astype(jnp.float32))
+        if prediction == "v":
+            output = jnp.sqrt(signal) * output + jnp.sqrt(1 - signal) * noisy
+        return error(output)
+
+    best = error(DENOISER(noisy, times.astype(jnp.float32)))
+    assert best < of(trained.network) < best + (of(network) - best) / 5
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    labels = jnp.eye(2)[jnp.arange(500) % 2]
+
+    def train(num_steps, folder):
+        return diffusion.train(
+            jax.random.key(0),
+            small(2),
+            X,
+            SCHEDULE,
+            condition=labels,
+            num_steps=num_steps,
+            batch_size=16,
+            optimiser=optax.adam(1e-3),
+            checkpoint=folder,
+            every=10,
+            progress_bar=False,
+        )
+
+    whole = train(20, None)
+    save = files.save
+
+    def save_and_stop(folder, step, tree):
+        save(folder, step, tree)
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "save", save_and_stop)
+        train(20, folder)
+    resumed = train(20, folder)
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+    np.testing.assert_array_equal(flat(resumed.network), flat(whole.network))
+    with pytest.raises(ValueError, match="another network"):
+        train(30, folder)
+
+
+def test_a_condition_tells_and_can_be_left_out():
+    network = small(2)
+    t = jnp.full(3, 10.0)
+    x = jnp.ones((3, 2))
+    first, second = (network(x, t, jnp.broadcast_to(jnp.eye(2)[i], (3, 2))) for i in (0, 1))
+    assert not jnp.allclose(first, second)
+    np.testing.assert_array_equal(network(x, t), network(x, t, jnp.zeros((3, 2))))
+    with pytest.raises(ValueError, match="num_conditions"):
+        small()(x, t, jnp.zeros((3, 2)))
+
+
+def test_what_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        diffusion.train(
+            jax.random.key(0),
+            small(),
+            X,
+            SCHEDULE,
+            num_steps=20,
+            optimiser=optax.sgd(1e30),
+            progress_bar=False,
+        )
+    with pytest.raises(ValueError, match="positive"):
+        diffusion.train(jax.random.key(0), small(), X, SCHEDULE, num_steps=0)
+
+
+def test_tuning_moves_the_samples():
+    target = jnp.array([1.0, -0.5])
+    network = small()
+    before = flat(network)
+    tuned = diffusion.tune(
+        jax.random.key(1),
+        network,
+        lambda x: jnp.mean(jnp.sum((x - target) ** 2, axis=-1)),
+        (2,),
+        SCHEDULE,
+        num_steps=60,
+        optimiser=optax.adam(3e-3),
+        progress_bar=False,
+    )
+    assert np.array_equal(before, flat(network))
+    assert tuned.losses[-10:].mean() < tuned.losses[:10].mean() / 2
+    # The metric before each step is that of the samples of a sampler run by hand.
+    key_noise, _ = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))
+    noise = jax.random.normal(key_noise, (32, 2), jnp.float32)
+    x = sdo.sample(network, noise, SCHEDULE, prediction="v")
+    by_hand = jnp.mean(jnp.sum((x - target) ** 2, axis=-1))
+    np.testing.assert_allclose(tuned.losses[0], by_hand, rtol=1e-4)
