@@ -322,7 +322,7 @@ def test_a_year_s_curve_from_its_first_months():
 
     Few shots are the months to April, queries the others. A step of plain MAML moves the months
     seen alone, and so does ridge regression on the indicators of months: both stay at the mean
-    curve. (To carry April's anomaly on is as good as the basis: `examples/papers/dsbp_theory.py`.)
+    curve. (To carry April's anomaly on does nearly as well: `examples/papers/dsbp_meta.py`.)
     """
     months = jnp.asarray(elnino.load_pandas().data.to_numpy()[:60, 1:])
     seen, noise, rank = jnp.eye(12)[:4], 0.3, 3

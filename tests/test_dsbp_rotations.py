@@ -210,10 +210,12 @@ def test_momentum_lives_on_the_lie_algebra():
         half = -0.1 * velocity / 2
         plain = np.linalg.solve(np.eye(4) - half, (np.eye(4) + half) @ plain)
     np.testing.assert_allclose(ours, plain, atol=100 * EPS)
+    (trace,) = jax.tree.leaves(state)
+    np.testing.assert_allclose(trace, velocity, atol=100 * EPS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_singular_values_stay_whatever_the_optimiser(dtype):
+def test_singular_values_stay_whatever_the_optimiser():
+    dtype = "float32"
     params = {
         "square": normal(1, 2, 4, 4),  # stacked, and not orthogonal
         "tall": frame(2, 6, 3),
@@ -238,6 +240,8 @@ def test_singular_values_stay_whatever_the_optimiser(dtype):
     for before, after in zip(*map(jax.tree.leaves, (params, end)), strict=True):
         assert after.dtype == dtype
         assert jnp.linalg.norm(after - before) > 0.1
+        goal = jnp.cos(before)  # each came nearer to its own
+        assert jnp.linalg.norm(after - goal) < 0.98 * jnp.linalg.norm(before - goal)
         spectra = (np.linalg.svd(np.asarray(a, float), compute_uv=False) for a in (before, after))
         np.testing.assert_allclose(*spectra, atol=100 * float(jnp.finfo(dtype).eps))
 

@@ -47,14 +47,14 @@ def loss(params):
     return negative_log_likelihood(outputs(params))
 
 
-def of_hessian(params, rank, num_matvecs=None):
-    return transfer.laplace(KEY, loss, params, rank=rank, rest=0.5, num_matvecs=num_matvecs)
+def of_hessian(params, rank, num_products=None):
+    return transfer.laplace(KEY, loss, params, rank=rank, rest=0.5, num_products=num_products)
 
 
-def of_gauss_newton(params, rank, num_matvecs=None):
+def of_gauss_newton(params, rank, num_products=None):
     return transfer.laplace(
         *(KEY, negative_log_likelihood, params),
-        **{"rank": rank, "rest": 0.5, "outputs_fn": outputs, "num_matvecs": num_matvecs},
+        **{"rank": rank, "rest": 0.5, "outputs_fn": outputs, "num_products": num_products},
     )
 
 
@@ -277,7 +277,7 @@ def test_on_digits_it_stands_for_the_source_s_data():
     prior = jax.jit(
         lambda params: transfer.laplace(
             *(KEY, partial(negative, labels=source[1]), params),
-            **{"rank": 10, "rest": 1.0, "num_matvecs": 17},
+            **{"rank": 10, "rest": 1.0, "num_products": 17},
             outputs_fn=lambda params: logits(params, source[0]),
         )
     )(optimum)
@@ -476,8 +476,8 @@ def test_on_digits_a_network_learns_five_more_classes_and_keeps_the_old_logits()
 # What is refused.
 
 REFUSED = {
-    "1 <= rank <= num_matvecs <= 12": lambda: of_hessian(START, 13),
-    "got rank=5 and num_matvecs=4": lambda: of_hessian(START, 5, 4),
+    "the 12 products that are made": lambda: of_hessian(START, 13),
+    "the 4 products .* got 5": lambda: of_hessian(START, 5, 4),
     "must be positive; got 0": lambda: transfer.laplace(KEY, loss, START, rank=1, rest=0),
     r"share must be in \(0, 1\]": lambda: transfer.used_directions(jnp.ones((2, 2)), share=0),
     "so_far is of 3 inputs": lambda: transfer.used_directions(jnp.eye(2), so_far=jnp.eye(3)),

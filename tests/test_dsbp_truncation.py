@@ -122,7 +122,7 @@ CONVOLUTIONS = {
     "valid, dilated": ((4, 9, 8, 2), (2, 3), None, "VALID", (2, 2)),
     "padded": ((4, 7, 5, 2), (3, 3), None, [(1, 2), (0, 1)], None),
     "one axis": ((4, 9, 3), (4,), (2,), "SAME", None),
-    "three axes": ((2, 5, 4, 3, 2), (2, 2, 2), None, "VALID", None),
+    "three axes": ((2, 4, 4, 3, 2), (2, 2, 2), None, "VALID", None),
 }
 
 
@@ -260,14 +260,14 @@ def test_on_digits_it_loses_less_than_plain_truncation_out_of_sample():
         assert accuracy > 0.85
         moment = second_moment(x[train] - x[train].mean(0))
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-        for rank in (4, 12):
-            low = compiled(kernel, moment, rank=rank)
-            low_kernel = low.left @ low.right
-            shift = x[train].mean(0) @ (kernel - low_kernel)
-            ours = {**params, "kernel": low_kernel, "bias": params["bias"] + shift}
-            plain = {**params, "kernel": u[:, :rank] * s[:rank] @ vt[:rank]}
-            errors = [jnp.mean((logits(p, x[test]) - full) ** 2) for p in (ours, plain)]
-            gains.append(errors[1] / errors[0])
+        low = compiled(kernel, moment, rank=8)
+        pair = {"ours": low.left @ low.right, "plain": u[:, :8] * s[:8] @ vt[:8]}
+        errors = []
+        for low_kernel in pair.values():  # the bias takes the mean's error in both
+            bias = params["bias"] + x[train].mean(0) @ (kernel - low_kernel)
+            small = logits({**params, "kernel": low_kernel, "bias": bias}, x[test])
+            errors.append(jnp.mean((small - full) ** 2))
+        gains.append(errors[1] / errors[0])
     assert min(gains) > 1
 
 

@@ -6,11 +6,11 @@ derivative of the best denoiser of data :math:`N(m, C)`, which is a number in ea
 C. Then paths over any number of steps are products of numbers.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from probbp.ops.sdo.schedule import Prediction, Schedule, Steps
 
@@ -47,7 +47,7 @@ def gaussian_path(covariance: jax.typing.ArrayLike) -> GaussianPath:
         ValueError: for other shapes.
 
     Example:
-        >>> gaussian_path(np.diag([4.0, 1.0])).variances.tolist()
+        >>> gaussian_path(jnp.diag(jnp.array([4.0, 1.0]))).variances.tolist()
         [1.0, 4.0]
     """
     covariance = jnp.asarray(covariance, float)
@@ -136,14 +136,15 @@ def walk_of(
     keep, push, spread = (jnp.asarray(leaf, x.dtype) for leaf in steps)
     if surrogate is None:
         return Walk(jnp.zeros_like(keep)[:, None], keep[:, None], spread, None)
-    size = int(np.prod(x.shape[1:]))
+    size = math.prod(x.shape[1:])
     if surrogate.variances.shape[0] not in (1, size):
         raise ValueError(
             f"The path is for {surrogate.variances.shape[0]} dimensions, and a sample has {size}."
         )
     variances = surrogate.variances.astype(x.dtype)
-    signal = jnp.asarray(schedule.signal[:-1, None], x.dtype)
-    noise = jnp.asarray(1 - schedule.signal[:-1, None], x.dtype)
+    levels = schedule.signal[:-1]
+    signal = jnp.asarray(levels, x.dtype)[:, None]
+    noise = jnp.asarray([1 - level for level in levels], x.dtype)[:, None]
     total = signal * variances + noise
     if prediction == "eps":
         slopes = jnp.sqrt(noise) / total

@@ -3,33 +3,35 @@ r"""How much signal is left at each step of a diffusion, and what a step of the 
 A noisy sample is :math:`x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon`.
 """
 
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Literal, NamedTuple, get_args
-
-import numpy as np
 
 Prediction = Literal["eps", "v"]
 
 
 class Schedule(NamedTuple):
-    """The steps of a sampler, from noise to data. Plain NumPy, in double precision.
+    """The steps of a sampler, from noise to data: plain numbers, fit for a static argument.
 
     Attributes:
-        times: (num_steps,), falling: the steps of training at which the network is called.
-        signal: (num_steps + 1,), alpha-bar at each time; at the end 1, the data.
-        train_signal: (num_train_steps,), alpha-bar of all steps of training.
+        times: falling: the steps of training at which the network is called.
+        signal: alpha-bar at each time, and at the end 1, the data: one number more.
+        train_signal: alpha-bar of all steps of training.
     """
 
-    times: np.ndarray
-    signal: np.ndarray
-    train_signal: np.ndarray
+    times: tuple[int, ...]
+    signal: tuple[float, ...]
+    train_signal: tuple[float, ...]
 
 
 class Steps(NamedTuple):
-    """The sampler as a recursion: x' = keep x + push output + spread noise; (num_steps,) each."""
+    """The sampler as a recursion, x' = keep x + push output + spread noise: a number a step."""
 
-    keep: np.ndarray
-    push: np.ndarray
-    spread: np.ndarray
+    keep: tuple[float, ...]
+    push: tuple[float, ...]
+    spread: tuple[float, ...]
 
 
 def linear(
@@ -55,8 +57,8 @@ def linear(
 
     Example:
         >>> schedule = linear(4)
-        >>> schedule.times.tolist(), float(schedule.signal[-1])
-        ([999, 749, 499, 249], 1.0)
+        >>> schedule.times, schedule.signal[-1]
+        ((999, 749, 499, 249), 1.0)
 
     Reference:
         Ho et al., 2020, arXiv:2006.11239. The choice of times, from the last step of training down
@@ -64,7 +66,8 @@ def linear(
     """
     if not 0 < first_beta <= last_beta < 1:
         raise ValueError(f"0 < first_beta <= last_beta < 1, got {first_beta} and {last_beta}.")
-    return _spaced(np.linspace(first_beta, last_beta, num_train_steps), num_steps, start)
+    stride = (last_beta - first_beta) / max(num_train_steps - 1, 1)
+    return _spaced([first_beta + stride * t for t in range(num_train_steps)], num_steps, start)
 
 
 def cosine(
@@ -87,9 +90,12 @@ def cosine(
     Reference:
         Nichol & Dhariwal, 2021, arXiv:2102.09672, equation 17; variances are at most 0.999.
     """
-    grid = np.arange(num_train_steps + 1) / num_train_steps
-    level = np.cos((grid + offset) / (1 + offset) * np.pi / 2) ** 2
-    return _spaced(np.minimum(1 - level[1:] / level[:-1], 0.999), num_steps, start)
+
+    def level(t):
+        return math.cos((t / num_train_steps + offset) / (1 + offset) * math.pi / 2) ** 2
+
+    betas = [min(1 - level(t + 1) / level(t), 0.999) for t in range(num_train_steps)]
+    return _spaced(betas, num_steps, start)
 
 
 def steps_of(schedule: Schedule, prediction: Prediction, eta: float) -> Steps:
@@ -113,24 +119,28 @@ def steps_of(schedule: Schedule, prediction: Prediction, eta: float) -> Steps:
         raise ValueError(f"prediction must be 'eps' or 'v', got {prediction!r}.")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is between 0 (DDIM) and 1 (DDPM), got {eta}.")
-    now, then = schedule.signal[:-1], schedule.signal[1:]
-    if prediction == "eps" and now[0] <= 0:
+    if prediction == "eps" and schedule.signal[0] <= 0:
         raise ValueError(
             "No signal is left at the first step, so that its data can't be told from predicted "
             "noise. Take a network with prediction='v', or another schedule."
         )
-    spread = eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
-    to_noise = np.sqrt(np.maximum(1 - then - spread**2, 0))
-    root, noise = np.sqrt(now), np.sqrt(1 - now)
+    pairs = zip(schedule.signal[:-1], schedule.signal[1:], strict=True)
+    return Steps(*zip(*(_step(now, then, prediction, eta) for now, then in pairs), strict=True))
+
+
+def _step(now: float, then: float, prediction: Prediction, eta: float):
+    """Return the three coefficients of a step from one signal to the next."""
+    spread = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
+    # What is left of the noise's scale for the predicted noise; rounding may make it negative.
+    rest = math.sqrt(max(1 - then - spread**2, 0.0))
+    root, noise = math.sqrt(now), math.sqrt(1 - now)
     if prediction == "eps":
-        keep = np.sqrt(then) / root
-        return Steps(keep, to_noise - keep * noise, spread)
-    return Steps(
-        np.sqrt(then) * root + to_noise * noise, to_noise * root - np.sqrt(then) * noise, spread
-    )
+        keep = math.sqrt(then) / root
+        return keep, rest - keep * noise, spread
+    return math.sqrt(then) * root + rest * noise, rest * root - math.sqrt(then) * noise, spread
 
 
-def _spaced(betas: np.ndarray, num_steps: int, start: int | None) -> Schedule:
+def _spaced(betas: Sequence[float], num_steps: int, start: int | None) -> Schedule:
     num_train_steps = len(betas)
     start = num_train_steps - 1 if start is None else start
     if not 1 <= num_steps <= start + 1 <= num_train_steps:
@@ -138,6 +148,6 @@ def _spaced(betas: np.ndarray, num_steps: int, start: int | None) -> Schedule:
             f"1 <= num_steps <= start + 1 <= num_train_steps, got {num_steps}, {start} and "
             f"{num_train_steps}."
         )
-    train_signal = np.cumprod(1 - betas)
-    times = np.round(np.linspace(start + 1, 0, num_steps + 1)[:-1]).astype(int) - 1
-    return Schedule(times, np.append(train_signal[times], 1.0), train_signal)
+    train_signal = tuple(accumulate((1 - beta for beta in betas), mul))
+    times = tuple(round((start + 1) * (1 - n / num_steps)) - 1 for n in range(num_steps))
+    return Schedule(times, (*(train_signal[t] for t in times), 1.0), train_signal)

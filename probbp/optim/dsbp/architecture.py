@@ -272,7 +272,9 @@ def select_units(
     greedy choice, and no best subset; but where activations are of rank k, but for a constant in
     each unit, k units give all others exactly. The next layer, refitted as `Units` says, is the
     least squares fit to its old outputs, whatever its kernel. Units that never fire, or never
-    change, come last.
+    change, come last. Of digits 64-128-128-10, 16 and 16 units keep an accuracy of 93.3 % of 97.3 %
+    without training; the largest weights 84.2 % with the same refit, 29.0 % without, and as much as
+    ours at 64 (`examples/papers/dsbp_compression.py`).
 
     Args:
         activations: (..., d), after the nonlinearity: all axes but the last are examples. More

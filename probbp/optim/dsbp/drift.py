@@ -109,8 +109,8 @@ def follow(seen: Reference, activations: jax.Array, decay: jax.Array | float = 0
         >>> now = reference(x[:, ::-1] + 2.0, rank=1)
         >>> for _ in range(50):
         ...     now = follow(now, x[:, jnp.array([1, 0, 2])])
-        >>> jnp.abs(now.basis[:, 0]).round(1).tolist(), jnp.abs(now.mean).round(1).tolist()
-        ([1.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+        >>> jnp.abs(now.basis[:, 0]).round(1).tolist()
+        [1.0, 0.0, 0.0]
     """
     if isinstance(decay, float | int) and not 0 < decay < 1:
         raise ValueError(
@@ -149,6 +149,11 @@ def follow(seen: Reference, activations: jax.Array, decay: jax.Array | float = 0
 def mahalanobis(seen: Reference, activations: jax.Array) -> jax.Array:
     """Return the squared distance from the mean, in units of the reference's covariance.
 
+    It sees what is too far, and takes what is too near for better than usual: of digits at half
+    their light the area under the ROC is 30 %, where the length of activations tells all; of noise,
+    another contrast or turned digits it is 99 % and more, where largest softmax probabilities give
+    64 to 75 % (`examples/papers/dsbp_compression.py`).
+
     Args:
         seen: the reference.
         activations: (..., d).
@@ -164,8 +169,9 @@ def p_value(seen: Reference, activations: jax.Array) -> jax.Array:
     """Return the probability of activations at least as far away, under the reference.
 
     It is uniform where activations are Gaussian with the reference's moments. Those of a network
-    are not, relu's least of all, and moments are estimated; where the level must hold, rank the
-    distances among those of held-out data in place of it.
+    are not, relu's least of all, and moments are estimated: of held-out digits 29 % are below 5 %
+    (`examples/papers/dsbp_compression.py`). Where the level must hold, rank the distances among
+    those of held-out data in place of it: of the same digits 5 %.
 
     Args:
         seen: the reference.
@@ -254,7 +260,8 @@ def recolour(activations: jax.Array, seen: Reference, now: Reference) -> jax.Arr
     Correlation alignment (CORAL; Sun et al., 2016, arXiv:1511.05547), here between two covariances
     of low rank and noise: :math:`\mu + (a - \mu') C'^{-1/2} C^{1/2}`, in O(d k) for each. It helps
     where the change is affine and the classes' shares are as before; where these have changed it
-    moves one class onto another. Centring alone is `activations - now.mean + seen.mean`.
+    moves one class onto another, and a change that is no matter of moments, a mirror say, it makes
+    worse. Centring alone is `activations - now.mean + seen.mean`.
 
     Args:
         activations: (..., d).

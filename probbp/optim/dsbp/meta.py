@@ -185,8 +185,8 @@ def posterior_mode(
     Newton's steps on :math:`L(w + P^{1/2} v) + |v|^2 / 2`, each solved by conjugate gradients on
     :math:`I + P^{1/2} H P^{1/2}`, which has as many eigenvalues other than 1 as the task has
     numbers to fit: so many products, and rounding's few more, make the step exact. With a squared
-    error one step is ridge regression with the prior's covariance; a logistic loss takes four or
-    five.
+    error one step is ridge regression with the prior's covariance; a logistic loss takes five to
+    eight, the more the wider the prior.
 
     For convex losses; elsewhere the Hessian H may be indefinite, and `adapt` is the tool.
     Differentiable in both AD modes, by the implicit function theorem in each step.

@@ -157,7 +157,7 @@ def on_lie_algebra(
 
     Weights that start orthogonal (`jax.nn.initializers.orthogonal`) stay so, all others keep their
     singular values; a determinant keeps its sign. In single precision rounding adds up to what
-    `examples/papers/dsbp_theory.py` prints. A wide matrix turns from the right. The optimiser's
+    `examples/papers/dsbp_rotations.py` prints. A wide matrix turns from the right. The optimiser's
     state and a step cost O(n^2) and O(n^3) for the longer side n.
 
     Args:

@@ -119,8 +119,8 @@ def hessian_product(fun: Callable[[Tree], jax.Array], params: Tree) -> Product:
 
 
 def gauss_newton_product(
-    model_fn: Callable[[Tree], jax.Array],
-    loss_fn: Callable[[jax.Array], jax.Array],
+    model_fn: Callable[[Tree], Tree],
+    loss_fn: Callable[[Tree], jax.Array],
     params: Tree,
 ) -> Product:
     r"""Return the product with the Gauss-Newton matrix :math:`J^\top (\nabla^2 \ell) J`.
@@ -129,7 +129,7 @@ def gauss_newton_product(
     curvature of the model.
 
     Args:
-        model_fn: parameters to outputs, of any shape.
+        model_fn: parameters to outputs, a pytree.
         loss_fn: outputs to a scalar.
         params: where it is taken.
 

@@ -24,7 +24,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
+from probbp.optim.dsbp.sharpness import (
+    gauss_newton_product,
+    hessian_product,
+    leading_eigenpairs,
+)
 from probbp.types import Tree
 
 # What is to stay exact takes exact products: accelerators round them to fewer bits unless told.
@@ -56,16 +62,19 @@ def laplace(
     rank: int,
     rest: float,
     outputs_fn: Callable[[Tree], Tree] | None = None,
-    num_matvecs: int | None = None,
+    num_products: int | None = None,
 ) -> Prior:
     """Make the source task's posterior, by Lanczos on products with its curvature.
 
     With as many directions as parameters, and a log density that is quadratic, it is the posterior
     exactly; then a target task with this prior has the posterior of both tasks' data together.
+    From upright digits to 1 to 10 labels a class of digits turned by 15 degrees, it is within 1.5
+    points of L2-SP on the target, and after it keeps 94 to 95 % on the source, where L2-SP keeps 86
+    to 89 % (`examples/papers/dsbp_compression.py`, both tuned); turned by 40 degrees, learning from
+    scratch beats both on the target.
 
-    Lanczos (matfree's, reorthogonalised) finds well separated leading eigenpairs first; an
-    eigenvalue that several directions share is found once. Raise `num_matvecs` until `curvatures`
-    stay.
+    The eigenpairs are those of `leading_eigenpairs`: well separated ones are found first. Raise
+    `num_products` until `curvatures` stay.
 
     Args:
         rng_key: of the start vector.
@@ -79,8 +88,8 @@ def laplace(
             is then the generalised Gauss-Newton matrix, which is never negative where `loss_fn`
             is convex. Without it it is the Hessian; directions of negative curvature, which there
             are away from an optimum, count as flat.
-        num_matvecs: Krylov dimension, at least k; 2 k + 10 if not given, never more than there are
-            parameters. Its vectors are held all at once.
+        num_products: at least k; 2 k + 20 if not given, never more than there are parameters. As
+            many vectors are held at once.
 
     Returns:
         A `Prior`. Each product costs about two gradients. Loop over batches in `loss_fn` if one
@@ -88,7 +97,7 @@ def laplace(
 
     Raises:
         ImportError: without matfree, which comes with `probbp[spectra]`.
-        ValueError: for a rank, a Krylov dimension or a precision out of range.
+        ValueError: for a rank, a number of products or a precision out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,32 +107,19 @@ def laplace(
         >>> prior.curvatures.round(3).tolist()
         [10.0, 4.0]
     """
-    size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-    num_matvecs = min(2 * rank + 10, size) if num_matvecs is None else num_matvecs
-    if not 1 <= rank <= num_matvecs <= size:
-        raise ValueError(
-            f"1 <= rank <= num_matvecs <= {size}, the number of parameters; got rank={rank} and "
-            f"num_matvecs={num_matvecs}. For no directions, plain L2-SP, `_replace` the curvatures "
-            "by zeros."
-        )
     if isinstance(rest, float | int) and not rest > 0:
         raise ValueError(f"rest is a precision, and must be positive; got {rest}.")
-    try:
-        from matfree import decomp, eig
-    except ImportError as error:
-        raise ImportError(
-            "Eigenpairs of the curvature come from matfree: pip install probbp[spectra]"
-        ) from error
     params = jax.tree.map(jnp.asarray, params)
+    _, unravel = ravel_pytree(params)
     if outputs_fn is None:
-        product = partial(_hessian_product, loss_fn, params)
+        product = hessian_product(loss_fn, params)
     else:
-        product = partial(_gauss_newton_product, outputs_fn, loss_fn, params)
-    start = optax.tree.random_like(rng_key, params)
-    lanczos = eig.eigh_partial(decomp.tridiag_sym(num_matvecs))
-    values, vectors = lanczos(product, start)  # rising
-    basis = jax.tree.map(lambda leaf: leaf[::-1][:rank], vectors)
-    curvatures = jnp.maximum(values[::-1][:rank], 0)
+        product = gauss_newton_product(outputs_fn, loss_fn, params)
+    spectrum = leading_eigenpairs(
+        rng_key, product, params, rank, num_products=num_products, num_probes=1
+    )
+    basis = jax.vmap(unravel, in_axes=1)(spectrum.vectors)
+    curvatures = jnp.maximum(spectrum.values, 0)
     return Prior(params, basis, curvatures, jnp.asarray(rest, curvatures.dtype))
 
 
@@ -285,6 +281,10 @@ def protect(directions: Tree) -> optax.GradientTransformationExtraArgs:
     they use. Where every layer is so protected, a whole network's outputs stay, as each layer's
     inputs do.
 
+    Five tasks of two digits each, one after the other, have 98.0 % accuracy at the end with a share
+    of 0.9 in `used_directions`, and 96.9 % with 0.999, where less is forgotten and less room left;
+    without, 87.9 % (`examples/papers/dsbp_compression.py`).
+
     **It stands last** among what changes an update's direction: Adam's scaling, weight decay, noise
     or an elementwise clip after it would leave the subspace again. What comes after may only scale
     (a learning rate, its schedule, a clip by the global norm). Momentum alone commutes with it.
@@ -327,19 +327,6 @@ def protect(directions: Tree) -> optax.GradientTransformationExtraArgs:
         return _over_protected(_across_kernel, state.directions, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _hessian_product(loss_fn: Callable, params: Tree, vector: Tree) -> Tree:
-    return jax.jvp(jax.grad(loss_fn), (params,), (vector,))[1]
-
-
-def _gauss_newton_product(
-    outputs_fn: Callable, loss_fn: Callable, params: Tree, vector: Tree
-) -> Tree:
-    """Return J^T H J v, J the outputs' Jacobian and H the loss's Hessian in the outputs."""
-    outputs, tangent = jax.jvp(outputs_fn, (params,), (vector,))
-    (pulled,) = jax.vjp(outputs_fn, params)[1](_hessian_product(loss_fn, outputs, tangent))
-    return pulled
 
 
 def _coordinates(basis: Tree, vector: Tree) -> jax.Array:

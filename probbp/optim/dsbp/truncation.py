@@ -149,6 +149,10 @@ def truncate(
     about the dtype's epsilon times the whole spectrum. On other inputs it is an estimate; of a
     held-out batch `error_on` is exact again. At full rank nothing changes.
 
+    With both hidden layers of digits 64-128-128-10 at rank 8, accuracy is 93.4 % where that of a
+    plain truncation is 89.7 % and the whole network's 97.3 %; at rank 32 half a point is left of it
+    (`examples/papers/dsbp_compression.py`, its bias as follows).
+
     A bias stays as it is. It can also take the mean's error away: give the moment of the inputs
     less their mean, and add `mean @ (kernel - left @ right)` to the bias. No kernel of this rank
     with any bias does better.
@@ -216,7 +220,7 @@ def error_on(kernel: jax.Array, other: jax.Array, moment: SecondMoment) -> jax.A
     Example:
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[3.0, 0.0], [1.0, 0.0]])
-        >>> float(error_on(jnp.eye(2), jnp.zeros((2, 2)), second_moment(x)))
+        >>> round(float(error_on(jnp.eye(2), jnp.zeros((2, 2)), second_moment(x))), 4)
         5.0
     """
     return jnp.sum(_matmul(_root(moment).T, _as_matrix(kernel - other, moment)) ** 2)
