@@ -565,6 +565,34 @@ def test_memory_does_not_grow_with_the_steps_and_is_paid_for_derivatives_alone()
     assert [calls(keep) for keep in ("all", "random")] == [1, 1]
 
 
+def test_loops_of_detached_steps_carry_no_derivative():
+    def carries(fun, *args):
+        """Return how many arrays each loop of a program carries."""
+        found, programs = [], [jax.make_jaxpr(fun)(*args).jaxpr]
+        while programs:
+            for eqn in programs.pop().eqns:
+                if eqn.primitive.name == "scan":
+                    found.append(eqn.params["num_carry"])
+                inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+                programs += [getattr(p, "jaxpr", p) for p in inner if hasattr(p, "eqns")]
+        return sorted(found)
+
+    def of(keep):
+        def fun(z, scale):
+            denoiser = lambda x, t: jnp.tanh(scale * x)  # noqa: E731
+            return sdo.sample(denoiser, z, SCHEDULE, keep_step=keep, rng_key=KEY)
+
+        return fun
+
+    args = jnp.ones((1, 2)), 0.3
+    # A loop of kept steps carries x and its derivative, one of detached steps x alone; "random"
+    # carries the x that it looks for as well.
+    for keep, plain, differentiated in (("random", [2], [2]), (2, [1, 1, 1], [1, 1, 2])):
+        fun = of(keep)
+        assert carries(fun, *args) == plain
+        assert carries(lambda *a, fun=fun: jax.jvp(fun, a, args)[1], *args) == differentiated
+
+
 # ---------------------------------------------------------------------------------------
 # What can't be done says so.
 
