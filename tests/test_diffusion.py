@@ -239,7 +239,7 @@ def test_mala_with_a_shortcut_for_a_force_is_exact(name, moments):
         partial(probbp.mala, partial(logdensity_fn, **options), estimator=estimator),
         jnp.zeros(2),
         num_warmup=200,
-        num_samples=1000,
+        num_samples=500,
         num_chains=10,
         postprocess_fn=lambda z: {"x": sampled(z)},
         progress_bar=False,
@@ -255,8 +255,8 @@ def test_numpyro_s_samplers_are_exact(name, moments):
         kernel = HMC(partial(model, surrogate=PATH), num_steps=3, trajectory_length=None)
     mcmc = MCMC(
         kernel,
-        num_warmup=200,
-        num_samples=1000,
+        num_warmup=100,
+        num_samples=400,
         num_chains=10,
         chain_method="vectorized",
         progress_bar=False,
