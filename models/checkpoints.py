@@ -202,7 +202,15 @@ def _files(folder):
     # The file of each tensor.
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # Links are let be: Hugging Face's cache has its weights elsewhere. Names are the index's.
+        strangers = sorted({file for file in files.values() if Path(file).name != file})
+        if strangers:
+            raise ValueError(
+                f"The index in {folder} names {strangers[0]!r}, which is no file's name within it. "
+                "Such a checkpoint is not read."
+            )
+        return files
     if single.is_file():
         with _safe_open(single) as tensors:
             return dict.fromkeys(tensors.keys(), single.name)

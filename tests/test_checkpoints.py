@@ -608,6 +608,17 @@ def test_files_that_are_not_there(tmp_path):
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", "a/b.safetensors"])
+def test_an_index_that_points_out_of_its_folder_is_refused(file, tmp_path):
+    folder = write(tmp_path / "inside", LLAMA, num_files=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"]))
+    path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {first: file}}))
+    with pytest.raises(ValueError, match="no file's name within it"):
+        load(folder)
+
+
 def test_without_safetensors(tmp_path, monkeypatch):
     write(tmp_path, LLAMA)
     monkeypatch.setitem(sys.modules, "safetensors", None)
