@@ -9,8 +9,10 @@ from probbp.samplers.chains import sample
 from probbp.samplers.fmala import fmala, pc_fmala
 from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
 from probbp.samplers.mala import mala
+from probbp.samplers.scan import checkpointed_scan
 
 __all__ = [
+    "checkpointed_scan",
     "estimators",
     "fmala",
     "line_fmala",

@@ -185,8 +185,8 @@ def test_a_guide_starts_at_what_the_chain_s_warm_up_has_tracked():
     x, y = cancer()
     mcmc = MCMC(
         Kernel(logistic, probbp.mala, metric=dsbp.tracked_metric(6)),
-        num_warmup=1_000,
-        num_samples=1_000,
+        num_warmup=500,
+        num_samples=500,
         num_chains=2,
         chain_method="vectorized",
         progress_bar=False,

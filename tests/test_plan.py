@@ -22,7 +22,7 @@ ALLOWED = {
 }
 # What a room gets from its hosts.
 HOSTS = {
-    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm"},
+    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm", "orbax", "zarr", "xarray"},
     "estimators": {"jax", "optax"},
     "ops": {"jax"},
     "optim": {"jax", "optax", "blackjax", "matfree"},

@@ -1,22 +1,33 @@
 """Many chains in one call: dispersed starts, warm-up, sampling, and the result for ArviZ."""
 
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from probbp.samplers import checks
-from probbp.samplers.adaptation import Metric, adaptation, parameters, warmup_step
+from probbp.samplers import checkpoints, checks, progress, sinks, streams
+from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
+from probbp.samplers.devices import devices
+from probbp.samplers.fingerprints import fingerprint
+from probbp.samplers.programs import programs, step_keys
 from probbp.types import Tree
 
 NUM_UPDATES = 40
 """How often a phase comes back to the host: for the progress bar, and to free the device."""
+
+DRAWS = "draws.zarr"
+"""Where a checkpoint's folder has the draws."""
 
 
 def sample(
@@ -35,12 +46,25 @@ def sample(
     postprocess_fn: Callable[[Tree], Tree] | None = None,
     coords: dict[str, Any] | None = None,
     dims: dict[str, Any] | None = None,
+    every: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    stream: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
     progress_bar: bool = True,
 ) -> Any:
     """Run many chains of an algorithm, vectorised, and return what ArviZ reads.
 
     Each chain learns its own step size and scale in warm-up; both are frozen for the draws that are
-    kept. The same key gives the same draws.
+    kept. The same key gives the same draws: bit for bit where a run was interrupted and goes on
+    from its checkpoint, and to rounding on another number of devices, since XLA may add in another
+    order.
+
+    With a checkpoint the state is saved each time the run comes back to the host, and the draws are
+    on disk as well. The same call, made again after whatever stopped the run, goes on where it
+    stood. A process that is killed at any moment leaves the folder whole; against a power failure
+    there is only what the file system does. A checkpoint belongs to the key, the log density with
+    the data that it closes over, the algorithm, the settings, and the version of JAX; with others
+    it is refused. It may go on with another mesh.
 
     Args:
         rng_key: key of the whole run.
@@ -61,15 +85,30 @@ def sample(
         postprocess_fn: applied to each position before it is stored in `posterior`.
         coords: as in ArviZ.
         dims: as in ArviZ.
-        progress_bar: whether to show progress, acceptance rate and step size.
+        every: draws of a chain after which the run comes back to the host, by default a fortieth of
+            `num_samples`. Where draws go to disk this is what memory holds of them.
+        checkpoint: a folder for this run's state and draws, made where it is not there. Several
+            processes need one that they share.
+        stream: a folder for the draws alone, a Zarr store, from which the result reads what is used
+            of it. It also has a group `moments`: each chain's mean and standard deviation.
+        mesh: devices to run on, `jax.make_mesh((8,), ("chains",))` for example: chains are split
+            over its first axis. Data of the log density that lie on several devices of the mesh
+            (`jax.device_put` with a `NamedSharding`; of a mesh with further axes, and with axes of
+            type `Auto`) stay there, and JAX adds up what they contribute. With several processes,
+            each makes the same call and gets the whole result.
+        progress_bar: whether to show progress: acceptance rate, step size, R-hat so far, and which
+            chains are stuck (hardly any proposal is accepted) or diverge.
 
     Returns:
         ArviZ's object, with `posterior` (chain, draw, ...) and in `sample_stats` the acceptance
         rate, step size, log density `lp` and `diverging` (a proposal that was NaN or infinite).
 
     Raises:
+        ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
         TypeError: for integer positions, and a log density that is no scalar.
-        ValueError: where no finite start is found, and for counts that are not positive.
+        ValueError: where no finite start is found, for counts that are not positive, chains that
+            the mesh can't split evenly, and a checkpoint or stream that is damaged or another
+            run's.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -84,16 +123,18 @@ def sample(
     # ArviZ is slow to import; a script that only takes kernels is spared it.
     from probbp.diagnostics.arviz import from_blackjax
 
-    for name, count in {
-        "num_samples": num_samples,
-        "num_chains": num_chains,
-        "thinning": thinning,
-    }.items():
+    counts = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
+    for name, count in (counts if every is None else counts | {"every": every}).items():
         checks.check_count(name, count)
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     warmup_chunk = -(-num_warmup // NUM_UPDATES)
     num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
+    chunk = -(-num_samples // NUM_UPDATES)
+    # The keys hang on this number, and so not on `every`.
+    num_keys = chunk * (-(-num_samples // chunk))
+    chunk = min(every or chunk, num_samples)
+    checks.check_num_keys(num_chains, max(num_warmup, num_keys))
     if not callable(position):
         position = jax.tree.map(jnp.asarray, position)
         checks.check_position(position)
@@ -106,107 +147,115 @@ def sample(
         initial_step_size=initial_step_size,
     )
     key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
+    on = devices(mesh, num_chains)
+    program = programs(algorithm, adapt, position, dispersion, thinning)
+    init_keys = partial(jax.random.split, num=num_chains)
+    warmup_keys = partial(step_keys, num_chains=num_chains, num_steps=num_warmup, num=warmup_chunk)
+    sample_keys = partial(step_keys, num_chains=num_chains, num_steps=num_keys, num=chunk)
 
-    def init(key):
-        key_start, key_state = jax.random.split(key)
-        init_state = algorithm(**parameters(adapt.initial)).init
-        if callable(position):
-            start = position(key_start)
+    postprocess = lambda positions: positions  # noqa: E731
+    if postprocess_fn is not None:
+        # One draw after the other, as in `from_blackjax`, but compiled once.
+        postprocess = jax.jit(jax.vmap(partial(jax.lax.map, postprocess_fn)))
+
+    def as_arviz(draws, step_size):
+        num_draws = len(draws.logdensity[0])
+        stats = {
+            "lp": draws.logdensity,
+            "step_size": np.broadcast_to(step_size[:, None], (num_chains, num_draws)),
+        }
+        infos = SimpleNamespace(**draws.infos)
+        positions = postprocess(draws.position)
+        return from_blackjax(positions, infos, sample_stats=stats, coords=coords, dims=dims)
+
+    def keys_like(keys_fn):
+        return jax.eval_shape(keys_fn, rng_key, np.uint32(0))
+
+    # The shapes of all that follows: what a checkpoint and a store must hold.
+    starts = jax.eval_shape(init_keys, key_init)
+    carry = jax.eval_shape(program.init, starts)
+    learnt = jax.eval_shape(program.learn, carry[1])
+    draw_args = (carry[0], learnt, keys_like(sample_keys))
+
+    with ExitStack() as stack:
+        found = save = None
+        folder = checkpoint if stream is None else stream
+        if folder is None:
+            sink = sinks.in_memory(as_arviz, carry[0].position)
         else:
-            start = _disperse(key_start, lambda p: init_state(p, key_state), position, dispersion)
-        return init_state(start, key_state), adapt.initial
+            blank = jax.tree.map(
+                lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype),
+                jax.eval_shape(program.draw, *draw_args)[1],
+            )
+            warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
+            prints = fingerprint(
+                {
+                    "the program of the start": (program.init, (starts,)),
+                    "the program of the warm-up": (program.warm_up, warmup_args),
+                    "the program of the draws": (program.draw, draw_args),
+                    "postprocess_fn": (postprocess, (blank.position,)),
+                },
+                (rng_key, adapt.schedule),
+                counts | {"num_warmup": num_warmup, "every": chunk, "coords": coords, "dims": dims},
+            )
+            template = sinks.of_few_draws(as_arviz, blank, np.zeros(num_chains))
+            if checkpoint is not None:
+                moments = progress.no_draws(streams.moments_like(template))
+                like = (carry, moments, np.zeros((), int))
+                found = checkpoints.newest(checkpoint, prints, lambda done: like, (DRAWS,))
+                save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
+            num_written = 0 if found is None else max(0, found.done - num_warmup)
+            path = Path(folder, DRAWS) if stream is None else Path(folder)
+            store = streams.stream(path, template, num_samples, chunk, prints, num_written, on)
+            sink = sinks.on_disk(as_arviz, store, template, is_lazy=stream is not None)
 
-    @partial(jax.jit, donate_argnums=0)
-    def run_warmup(carry, keys, schedule):
-        scan = partial(jax.lax.scan, partial(warmup_step, algorithm, adapt))
-        return jax.vmap(lambda c, k: scan(c, (k, schedule)))(carry, keys)
+        done, moments, divergent = 0, progress.no_draws(sink.like), np.zeros((), int)
+        if found is None:
+            carry = on.jit(program.init)(on.jit(init_keys)(key_init))
+            checks.check_start(on.get(carry[0].logdensity))
+        else:
+            done, (carry, moments, divergent) = found
+            carry = on.put(carry)
+            if moments.count:
+                sink.note(moments)
 
-    @partial(jax.jit, donate_argnums=0)
-    def run_samples(states, learnt, keys):
-        def chain(state, learnt, keys):
-            step = algorithm(**learnt).step
+        total = num_warmup + num_samples
+        disable = not (progress_bar and on.writes)
+        bar = stack.enter_context(tqdm(total=total, initial=done, disable=disable, desc="warm-up"))
+        keys_fn = on.jit(warmup_keys)
+        run = on.jit(program.warm_up, donate_argnums=0)
+        for i in range(done, num_warmup, warmup_chunk or 1):
+            schedule = adapt.schedule[i : i + warmup_chunk]
+            carry, acceptance = run(carry, keys_fn(key_warmup, np.uint32(i)), schedule)
+            if progress_bar:
+                progress.show(bar, warmup_chunk, *on.get((acceptance, carry[1].step_size)))
+            if save is not None:
+                save(i + warmup_chunk, (on.get(carry), moments, divergent))
 
-            def draw(state, key):
-                if thinning == 1:
-                    state, info = step(key, state)
-                    return state, (state, info)
-                state, infos = jax.lax.scan(
-                    lambda s, k: step(k, s), state, jax.random.split(key, thinning)
-                )
-                return state, (state, _thinned(infos))
-
-            return jax.lax.scan(draw, state, keys)
-
-        return jax.vmap(chain)(states, learnt, keys)
-
-    carry = jax.jit(jax.vmap(init))(jax.random.split(key_init, num_chains))
-    checks.check_start(carry[0].logdensity)
-    total = num_warmup + num_samples
-    with tqdm(total=total, disable=not progress_bar, desc="warm-up") as bar:
-        keys = _keys(key_warmup, num_chains, num_warmup)
-        for i in range(0, num_warmup, warmup_chunk or 1):
-            window = slice(i, i + warmup_chunk)
-            carry, acceptance = run_warmup(carry, keys[:, window], adapt.schedule[window])
-            _show(bar, warmup_chunk, acceptance, carry[1].step_size)
-
-        states, adapted = carry
-        learnt = parameters(jax.vmap(adapt.final)(adapted) if num_warmup else adapted)
         bar.set_description("sampling")
-        chunk = -(-num_samples // NUM_UPDATES)
-        keys = _keys(key_sample, num_chains, chunk * (-(-num_samples // chunk)))
-        history = []
-        for i in range(0, num_samples, chunk):
-            states, draws = run_samples(states, learnt, keys[:, i : i + chunk])
-            history.append(jax.device_get(draws))
-            shown = min(chunk, num_samples - i)
-            _show(bar, shown, draws[1].acceptance_rate, learnt["step_size"])
-
-    kept_states, infos = jax.tree.map(
-        lambda *chunks: np.concatenate(chunks, axis=1)[:, :num_samples], *history
-    )
-    step_size = np.asarray(learnt["step_size"])[:, None]
-    return from_blackjax(
-        kept_states,
-        infos,
-        postprocess_fn=postprocess_fn,
-        sample_stats={"step_size": np.broadcast_to(step_size, (num_chains, num_samples))},
-        coords=coords,
-        dims=dims,
-    )
-
-
-def _disperse(rng_key, init_fn, position, dispersion):
-    """Draw a start around `position`, closer to it until its log density is finite."""
-    noise = optax.tree.random_like(rng_key, position)
-
-    def at(spread):
-        return jax.tree.map(lambda x, z: (x + spread * z).astype(x.dtype), position, noise)
-
-    def is_lost(spread):
-        return ~jnp.isfinite(init_fn(at(spread)).logdensity) & (spread > 0)
-
-    def closer(spread):
-        return jnp.where(spread > dispersion / 2**20, spread / 2, 0.0)
-
-    return at(jax.lax.while_loop(is_lost, closer, jnp.asarray(dispersion, dtype=float)))
-
-
-def _thinned(infos):
-    """Summarise the infos of the steps between two draws: means of rates, any of flags."""
-
-    def summary(leaf):
-        return jnp.any(leaf, axis=0) if leaf.dtype == bool else jnp.mean(leaf, axis=0)
-
-    return jax.tree.map(summary, infos)
-
-
-def _keys(rng_key, num_chains, num_steps):
-    return jax.random.split(rng_key, (num_chains, num_steps))
-
-
-def _show(bar, num_steps, acceptance, step_size):
-    bar.update(num_steps)
-    if not bar.disable:
-        bar.set_postfix_str(
-            f"acceptance {np.mean(acceptance):.2f}, step size {np.mean(step_size):.2e}"
-        )
+        states, adapted = carry
+        learnt = on.jit(program.learn)(adapted)
+        step_size = on.get(learnt["step_size"])
+        keys_fn = on.jit(sample_keys)
+        run = on.jit(program.draw, donate_argnums=0)
+        for i in range(max(0, done - num_warmup), num_samples, chunk):
+            states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
+            num = min(chunk, num_samples - i)
+            draws = jax.tree.map(lambda leaf: leaf[:, :num], on.get(draws))  # noqa: B023
+            shown = sink.add(i, draws, step_size)
+            if progress_bar or folder is not None:
+                moments = progress.add(moments, shown)
+                divergent = divergent + np.sum(draws.infos.get("is_divergent", 0))
+                sink.note(moments)
+            if progress_bar:
+                progress.show(
+                    bar,
+                    num,
+                    draws.infos["acceptance_rate"],
+                    step_size,
+                    rhat=progress.worst_rhat(moments),
+                    divergent=divergent,
+                )
+            if save is not None:
+                save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
+    return sink.read(step_size)

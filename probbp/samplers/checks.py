@@ -96,3 +96,12 @@ def check_floor(floor: float) -> None:
         raise ValueError(
             f"floor must not be negative, got {floor}; 0 takes the curvature as it is."
         )
+
+
+def check_num_keys(num_chains: int, num_steps: int) -> None:
+    """Require that each step of each chain has a key of its own."""
+    if num_chains * num_steps >= 2**32:
+        raise ValueError(
+            f"{num_chains} chains of {num_steps} steps need 2**32 keys or more, and would share "
+            "some. Take thinning, or several runs with keys of their own."
+        )

@@ -1,0 +1,259 @@
+"""A run's state on disk: Orbax checkpoints that are whole or not there, told from damaged ones.
+
+No code is stored and none is executed: arrays go through TensorStore, the rest through JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probbp.samplers.devices import Devices
+from probbp.samplers.fingerprints import ORDER, hash_array, same_run
+from probbp.types import Tree
+
+STATES = "states"
+"""The folder of the states, in the folder of a run."""
+
+
+class Found(NamedTuple):
+    """A state that was on disk.
+
+    Attributes:
+        done: how many steps the run had made.
+        state: the state, NumPy arrays and keys.
+    """
+
+    done: int
+    state: Tree
+
+
+def newest(
+    folder: str | os.PathLike[str],
+    prints: dict[str, str],
+    like: Callable[[int], Tree],
+    others: tuple[str, ...] = (),
+) -> Found | None:
+    """Return the newest state that is intact, or `None` where the run has not begun.
+
+    Args:
+        folder: of the run.
+        prints: of the run, by `fingerprint`.
+        like: steps that were made to the shapes of the state.
+        others: how the names of what else may lie in the folder begin.
+
+    Raises:
+        ImportError: without Orbax.
+        ValueError: where the folder is not a run's, is another run's, holds a link out of itself,
+            or no state in it is intact.
+
+    Warns:
+        UserWarning: where a newer state was damaged, and where the program adds in another order.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    check_inside(folder)
+    names = [entry.name for entry in folder.iterdir()]
+    strangers = [name for name in names if not name.startswith((STATES, *others))]
+    if strangers:
+        raise ValueError(
+            f"{folder} is no checkpoint of this function: it holds {min(strangers)!r}. Name a "
+            "folder that is not there yet."
+        )
+    damage = {}
+    with _manager(folder) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                rest = _read_rest(manager, step)
+            except Exception as error:  # whatever Orbax and TensorStore say of damaged files
+                damage[step] = error
+                continue
+            if not same_run(rest["prints"], prints):
+                raise ValueError(_words_of_difference(folder, rest["prints"], prints))
+            try:
+                state = _read_arrays(manager, step, rest, like(rest["done"]))
+            except Exception as error:
+                damage[step] = error
+                continue
+            if damage:
+                warnings.warn(
+                    f"The newest checkpoint in {folder}, after {max(damage)} steps, is damaged. "
+                    f"The run goes on from step {step}, and gives what it would have given.",
+                    stacklevel=3,
+                )
+            if rest["prints"] != prints:
+                warnings.warn(
+                    f"The program that goes on from {folder} adds in another order than the one "
+                    "that wrote it: the results will be the same to rounding, not bit for bit. "
+                    "NumPyro's ELBO adds in the order of a Python set: set the environment "
+                    "variable PYTHONHASHSEED.",
+                    stacklevel=3,
+                )
+            return Found(rest["done"], state)
+    if damage:
+        step, error = max(damage.items())
+        raise ValueError(
+            f"No checkpoint in {folder} is intact. The newest, after {step} steps, says: "
+            f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start anew."
+        ) from error
+    return None
+
+
+@contextmanager
+def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found | None, on: Devices):
+    """Yield `save(done, state)`, which keeps the two newest states.
+
+    The state's leaves must be whole on each process. Those on disk that are newer than `found` are
+    damaged, and removed.
+    """
+    ocp = _orbax()
+    start = -1 if found is None else found.done
+    if on.writes:
+        for path in Path(folder, STATES).glob("*"):
+            if path.name.isdigit() and int(path.name) > start:
+                shutil.rmtree(path)
+    on.wait("probbp checkpoints")
+    with _manager(folder) as manager:
+
+        def save(done, state):
+            leaves = jax.tree.leaves(state)
+            keys = {
+                str(i): str(jax.random.key_impl(leaf))
+                for i, leaf in enumerate(leaves)
+                if _is_key(leaf)
+            }
+            arrays = {str(i): _as_numpy(leaf) for i, leaf in enumerate(leaves)}
+            rest = {"done": done, "keys": keys, "prints": prints, "arrays": _digest(arrays)}
+            rest["text"] = _digest_of_text(rest)
+            # Orbax stores no array without entries: those are told by their shapes.
+            arrays = {name: array for name, array in arrays.items() if array.size}
+            manager.save(
+                done,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), rest=ocp.args.JsonSave(rest)
+                ),
+                force=True,
+            )
+
+        yield save
+
+
+def check_inside(folder: str | os.PathLike[str]) -> None:
+    """Require that nothing in a folder is a link to what lies outside of it.
+
+    Raises:
+        ValueError: naming the first that is.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if os.path.commonpath([root, target]) != root:
+                    raise ValueError(
+                        f"{path} is a link to {target}, outside of {folder}. Such a checkpoint is "
+                        "not read: replace the link by what it stands for, if you trust it."
+                    )
+
+
+def _read_rest(manager, step):
+    ocp = _orbax()
+    rest = manager.restore(step, args=ocp.args.Composite(rest=ocp.args.JsonRestore()))["rest"]
+    if not isinstance(rest, dict) or rest.pop("text", None) != _digest_of_text(rest):
+        raise ValueError("its text is not what was written")
+    return rest
+
+
+def _read_arrays(manager, step, rest, like):
+    ocp = _orbax()
+    leaves, structure = jax.tree.flatten(like)
+    plain = {
+        str(i): jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        for i, leaf in enumerate(leaves)
+    }
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in plain.items()}
+    targets = {name: array for name, array in arrays.items() if array.size}
+    # Shapes first: Orbax would cut or pad arrays of another shape.
+    stored = {k: tuple(v.shape) for k, v in manager.item_metadata(step)["arrays"].items()}
+    if stored != {name: array.shape for name, array in targets.items()}:
+        raise ValueError("its arrays have other shapes")
+    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
+    arrays |= manager.restore(step, args=args)["arrays"]
+    if _digest(arrays) != rest["arrays"]:
+        raise ValueError("its bits are not those that were written")
+    keys = rest["keys"]
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.random.wrap_key_data(array, impl=keys[name]) if name in keys else array
+            for name, array in arrays.items()
+        ],
+    )
+
+
+def _digest_of_text(rest):
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(arrays):
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        hash_array(sha, arrays[name])
+    return sha.hexdigest()
+
+
+def _words_of_difference(folder, theirs, ours):
+    names = sorted(
+        name
+        for name in theirs | ours
+        if theirs.get(name) != ours.get(name) and not name.startswith(ORDER)
+    )
+    told = [
+        f"{name} ({theirs[name]} there, {ours[name]} here)"
+        if name in theirs and name in ours and len(theirs[name] + ours[name]) < 64
+        else name
+        for name in names
+    ]
+    return (
+        f"The checkpoint in {folder} is of another run. What differs: {', '.join(told)}. Go on "
+        "with what it was begun with, or name another folder."
+    )
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_numpy(leaf):
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+@contextmanager
+def _manager(folder):
+    ocp = _orbax()
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "rest": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    path = os.path.join(os.path.abspath(folder), STATES)
+    with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
+        yield manager
+
+
+def _orbax():
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
+        ) from error
+    return ocp

@@ -1,0 +1,126 @@
+"""`jax.lax.scan` that may be interrupted: for NumPyro's SVI, an Optax loop, any such update."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from probbp.samplers import checkpoints, checks
+from probbp.samplers.devices import devices
+from probbp.samplers.fingerprints import fingerprint
+from probbp.types import Tree
+
+NUM_UPDATES = 40
+"""How often the loop comes back to the host, by default."""
+
+
+def checkpointed_scan(
+    f: Callable[[Tree, None], tuple[Tree, Tree]],
+    init: Tree,
+    length: int,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
+    progress_bar: bool = True,
+) -> tuple[Tree, Tree]:
+    """Run `jax.lax.scan(f, init, None, length)`, and save its carry on the way.
+
+    The same call, made again after whatever stopped the loop, goes on from the newest checkpoint
+    and gives, bit for bit, what an uninterrupted one gives. (NumPyro's `Trace_ELBO` adds its sites
+    in the order of a Python set: across processes set the environment variable PYTHONHASHSEED, or
+    be warned that it is so to rounding.) The keys of random steps belong in the
+    carry, where `numpyro.infer.SVI` and `probbp.numpyro.Optim` have them. Everything that `f`
+    closes over is part of the checkpoint's fingerprint: with other data, another optimiser, or
+    another `init` it is refused.
+
+    Args:
+        f: `(carry, None) -> (carry, y)`, as in `jax.lax.scan`.
+        init: the first carry, a pytree of arrays and keys.
+        length: number of steps.
+        checkpoint: a folder, made where it is not there; `None` to save nothing.
+        every: steps after which the loop comes back to the host, and saves; by default a fortieth
+            of `length`.
+        progress_bar: whether to show progress, and the last y where it is a scalar.
+
+    Returns:
+        The last carry, and the outputs (length, ...) as NumPy arrays. They are in memory, and in
+        each checkpoint: let them be scalars, such as losses.
+
+    Raises:
+        ImportError: for a checkpoint without Orbax.
+        ValueError: for counts that are not positive, and a checkpoint that is damaged or another
+            loop's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax, tempfile
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from probbp.estimators import forward
+        >>> from probbp.numpyro import Optim
+        >>> from probbp import checkpointed_scan
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mean, 1), obs=y)
+        >>> y = jnp.ones(5)
+        >>> optim = Optim(optax.adam(0.05), forward(num_tangents=2))
+        >>> svi = SVI(model, AutoNormal(model), optim, Trace_ELBO())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state, losses = checkpointed_scan(
+        ...         lambda state, _: svi.update(state, y), svi.init(jax.random.key(0), y), 100,
+        ...         checkpoint=folder + "/svi", every=50, progress_bar=False)
+        >>> params = svi.get_params(state)
+    """
+    checks.check_count("length", length)
+    every = -(-length // NUM_UPDATES) if every is None else every
+    checks.check_count("every", every)
+    on = devices(None, 1)
+    # Once through `f`, so that Python's numbers among the carry have types.
+    init = jax.tree.map(jnp.asarray, init)
+
+    def steps(carry, num):
+        return jax.lax.scan(f, carry, None, length=num)
+
+    run = jax.jit(steps, static_argnums=1)
+    y = jax.eval_shape(lambda carry: f(carry, None)[1], init)
+
+    def like(done):
+        ys = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((done, *leaf.shape), leaf.dtype), y)
+        return jax.eval_shape(lambda: init), ys
+
+    with ExitStack() as stack:
+        found = save = None
+        if checkpoint is not None:
+            settings = {"length": length, "every": every}
+            prints = fingerprint({"the program": (lambda c: steps(c, 1), (init,))}, init, settings)
+            found = checkpoints.newest(checkpoint, prints, like)
+            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
+        done, (carry, ys) = (0, (init, None)) if found is None else found
+        carry = on.put(carry)
+        history = [] if found is None else [ys]
+        bar = tqdm(total=length, initial=done, disable=not progress_bar)
+        stack.enter_context(bar)
+        while done < length:
+            num = min(every, length - done)
+            carry, ys = run(carry, num)
+            history.append(jax.device_get(ys))
+            done += num
+            bar.update(num)
+            _show(bar, history[-1])
+            if save is not None:
+                history = [_joined(history)]
+                save(done, (carry, history[0]))
+    return carry, _joined(history)
+
+
+def _joined(history):
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *history)
+
+
+def _show(bar: Any, ys: Tree) -> None:
+    if not bar.disable and len(jax.tree.leaves(ys)) == 1 and np.ndim(jax.tree.leaves(ys)[0]) == 1:
+        bar.set_postfix_str(f"{jax.tree.leaves(ys)[0][-1]:.4g}")
