@@ -21,7 +21,7 @@ the projections of the same rank stand side by side. MAML is in `examples/papers
 
     python examples/papers/dsbp.py [--fast]
 
-About ten minutes on two cores.
+About a quarter of an hour on two cores.
 """
 
 import argparse

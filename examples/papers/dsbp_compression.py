@@ -17,7 +17,7 @@ would do without it, and none against the paper's own figures.
 Handwritten digits (scikit-learn's, 1,797 of 8 x 8 pixels) throughout, and a table of tumours for
 the first three. Mean and standard deviation over seeds, each with its own split and start; what has
 a strength is tuned on validation data, for each arm from as many values. Single precision, some
-six minutes on two cores.
+twelve minutes on two cores.
 """
 
 import argparse

@@ -27,7 +27,7 @@ on the linear schedule, and as metrics the distance of the upper half to a given
 
     python examples/papers/sdo.py [--fast]
 
-About ten minutes on two cores.
+About a quarter of an hour on two cores.
 """
 
 import argparse
