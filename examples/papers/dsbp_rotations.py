@@ -25,6 +25,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from _parts import run, shown
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from sklearn.datasets import load_digits, load_iris
@@ -49,20 +50,9 @@ def main() -> None:
         "eigenbases": partial(eigenbases, axes[1]),
         "principal plane": principal_plane,
     }
-    with tqdm(total=len(parts)) as bar:
-        for title, part in parts.items():
-            bar.set_description(title)
-            lines = part(arguments.fast)
-            bar.clear()
-            print("\n" + "\n".join(lines), flush=True)
-            bar.update()
+    run(parts, arguments.fast)
     figure.savefig(arguments.picture)
     print(f"\n{time.perf_counter() - start:.0f} seconds, JAX {jax.__version__}")
-
-
-def shown(values, digits=3):
-    values = np.asarray(values, float)
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
 def recurrent(ax, fast):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from _parts import run, shown
 from sklearn.datasets import load_breast_cancer, load_digits
 from tqdm import tqdm
 
@@ -43,20 +44,9 @@ def main() -> None:
         "breast cancer": partial(certificates, axes[1], "breast cancer", load_breast_cancer),
         "digits": partial(certificates, axes[2], "digits", load_digits),
     }
-    with tqdm(total=len(parts)) as bar:
-        for title, part in parts.items():
-            bar.set_description(title)
-            lines = part(arguments.fast)
-            bar.clear()
-            print("\n" + "\n".join(lines), flush=True)
-            bar.update()
+    run(parts, arguments.fast)
     figure.savefig(arguments.picture)
     print(f"\n{time.perf_counter() - start:.0f} seconds, JAX {jax.__version__}")
-
-
-def shown(values, digits=3):
-    values = np.asarray(values, float)
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
 def equation_orders(ax, _):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probbp.models.blob.model import BayesianLora
+from probbp.models.saving import orbax
 
 
 def save(
@@ -140,12 +141,7 @@ def _safetensors():
 
 @contextmanager
 def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints of Orbax need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
+    ocp = orbax()
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.StandardCheckpointHandler(), options=ocp.JsonCheckpointHandler()
     )

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from probbp.models.saving import orbax
+
 
 def save(folder: str | os.PathLike[str], step: int, tree: Any) -> None:
     """Write a pytree of arrays, and drop the one before."""
-    ocp = _orbax()
+    ocp = orbax()
     arrays = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
     with _manager(folder) as manager:
         manager.save(step, args=ocp.args.StandardSave(arrays))
@@ -21,7 +23,7 @@ def restore(folder: str | os.PathLike[str], like: Any) -> tuple[int, Any]:
     Raises:
         ValueError: where it is that of another network, optimiser or number of steps.
     """
-    ocp = _orbax()
+    ocp = orbax()
     leaves, structure = jax.tree.flatten(like)
     with _manager(folder) as manager:
         step = manager.latest_step()
@@ -46,18 +48,8 @@ def restore(folder: str | os.PathLike[str], like: Any) -> tuple[int, Any]:
 
 
 def _manager(folder):
-    ocp = _orbax()
+    ocp = orbax()
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(
         os.path.abspath(folder), options=options, item_handlers=ocp.StandardCheckpointHandler()
     )
-
-
-def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
-    return ocp

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probbp.models.growth.machine import Event, Fit, Host, State
+from probbp.models.saving import orbax
 
 FITS = ("current", "best", "kept")
 
@@ -19,7 +20,7 @@ def is_there(folder: str | os.PathLike[str]) -> bool:
 
 def save(folder: str | os.PathLike[str], state: State) -> None:
     """Write the state, and drop the one before."""
-    ocp = _orbax()
+    ocp = orbax()
     fits = {name: getattr(state, name) for name in FITS}
     # Orbax stores no array without entries: those are told by their shapes.
     arrays = {
@@ -49,7 +50,7 @@ def restore(folder: str | os.PathLike[str], host: Host) -> State:
     Raises:
         ValueError: where it is that of another network.
     """
-    ocp = _orbax()
+    ocp = orbax()
     with _manager(folder) as manager:
         step = manager.latest_step()
         args = ocp.args.Composite(rest=ocp.args.JsonRestore())
@@ -90,17 +91,7 @@ def restore(folder: str | os.PathLike[str], host: Host) -> State:
 
 
 def _manager(folder):
-    ocp = _orbax()
+    ocp = orbax()
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "rest": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(os.path.abspath(folder), options=options, item_handlers=handlers)
-
-
-def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
-    return ocp

@@ -1,0 +1,13 @@
+"""The two doors to NumPyro: any algorithm in its `MCMC`, any gradient estimate in its `SVI`."""
+
+import numpyro.infer
+from numpyro.infer import initialization
+
+from probbp.numpyro.kernel import Kernel, KernelState
+from probbp.numpyro.optim import Optim, OptimState
+
+__all__ = ["Kernel", "KernelState", "Optim", "OptimState"]
+
+# ArviZ 1 loads NumPyro lazily. If it is imported before NumPyro, `numpyro.infer` is executed twice
+# and loses its submodules, among them the one that `arviz.from_numpyro` looks up.
+numpyro.infer.initialization = initialization
