@@ -14,7 +14,7 @@ run = @set -e; for script in $(1); do printf '\n== %s ==\n' "$$script"; $(python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench papers clean
+.PHONY: help demo test lint docs bench papers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(python)
+
+docs: $(VENV)/.installed-docs  ## build the documentation into build/docs, warnings as errors
+	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 bench: $(VENV)/.installed-test  ## print the benchmark tables; DATA=dir adds posteriordb's
 	$(call run,$(benchmarks))

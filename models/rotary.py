@@ -80,7 +80,13 @@ def rotary(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the two halves of each head, (batch, time, heads, head_dim), by their angles."""
+    """Turn the two halves of each head by their angles.
+
+    Args:
+        x: queries or keys, (batch, time, heads, head_dim).
+        cos: of the angles, broadcastable to `x`.
+        sin: likewise.
+    """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 

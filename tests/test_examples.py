@@ -1,4 +1,4 @@
-"""Every example, every docstring's example, and the README's code run."""
+"""Every example and every docstring's example run."""
 
 import doctest
 import importlib
@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 SOURCES = sorted({*(ROOT / "probbp").rglob("*.py"), *(ROOT / "probbp" / "models").rglob("*.py")})
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -20,20 +19,14 @@ MODULES = [
 ]
 
 
-def run(arguments, folder):
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs_and_leaves_a_picture(path, tmp_path):
-    output = run([str(path), "picture.png"], tmp_path)
+    command = [sys.executable, str(path), "picture.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     # Each ends in a summary; where it compares chains, they agree.
-    lines = [line.split() for line in output.splitlines()]
+    lines = [line.split() for line in done.stdout.splitlines()]
     header = next(line for line in lines if line[:2] == ["mean", "sd"])
     # A name may hold blanks ("x[0, 1]"): columns are counted from the right.
     rows = [line[-len(header) :] for line in lines[lines.index(header) + 1 :]]
@@ -43,13 +36,6 @@ def test_an_example_runs_and_leaves_a_picture(path, tmp_path):
         for row in rows:
             if re.fullmatch(r"[\d.]+", row[header.index("r_hat")]):
                 assert float(row[header.index("r_hat")]) < 1.02
-
-
-@pytest.mark.parametrize("code", README, ids=range(len(README)))
-def test_the_readme_runs(code, tmp_path):
-    script = tmp_path / "readme.py"
-    script.write_text(code)
-    run([str(script)], tmp_path)
 
 
 @pytest.mark.parametrize("name", MODULES)

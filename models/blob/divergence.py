@@ -5,7 +5,11 @@ import jax.numpy as jnp
 
 
 def std(g: jax.Array) -> jax.Array:
-    """Return the posterior's standard deviation, G o G, kept off zero by the dtype's epsilon."""
+    """Return the posterior's standard deviation, G o G, kept off zero by the dtype's epsilon.
+
+    Args:
+        g: G, any shape.
+    """
     return g * g + jnp.finfo(g.dtype).eps
 
 

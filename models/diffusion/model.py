@@ -26,7 +26,8 @@ def prior(
 
     .. math:: x_T \sim N(0, I), \qquad x_0 = \mathrm{sampler}(x_T)
 
-    **Sites.** `<name>_noise`, x_T; with `eta` above 0 `<name>_step_noise` too, (num_steps, *shape),
+    **Sites.** `<name>_noise`, x_T; with `eta` above 0 `<name>_step_noise` too,
+    `(num_steps, *shape)`,
     what the sampler adds; and `<name>`, x_0, deterministic. The user's likelihood is of x_0.
     Conditioning that is to be inferred is a site of the user's that `denoiser` closes over.
 
@@ -38,7 +39,7 @@ def prior(
 
     Args:
         name: of the site.
-        denoiser: as `probbp.ops.sdo.sample` takes it, for a batch of (batch, *shape).
+        denoiser: as `probbp.ops.sdo.sample` takes it, for a batch of `(batch, *shape)`.
         shape: of one sample. Plates around the call add their own.
         schedule: from `probbp.ops.sdo`.
         eta: 0 for DDIM, 1 for DDPM.
@@ -46,7 +47,7 @@ def prior(
         **options: of `probbp.ops.sdo.sample`: `surrogate`, `prediction`, `checkpoint`.
 
     Returns:
-        x_0, (*plates, *shape).
+        x_0, `(*plates, *shape)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist

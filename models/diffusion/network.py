@@ -63,7 +63,7 @@ class Denoiser(nnx.Module):
         self.last = nnx.Linear(width, size, rngs=rngs)
 
     def __call__(self, x: jax.Array, t: jax.Array, condition: jax.Array | None = None) -> jax.Array:
-        """Map noisy samples (batch, *shape) at times (batch,) to the same shape.
+        """Map noisy samples `(batch, *shape)` at times (batch,) to the same shape.
 
         Args:
             x: the samples.

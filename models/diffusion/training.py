@@ -162,7 +162,7 @@ def tune(
     Args:
         rng_key: of the run.
         network: an NNX module, `(x, t)`, trained.
-        loss_fn: samples (batch, *shape) to a scalar, the metric to be lowered.
+        loss_fn: samples `(batch, *shape)` to a scalar, the metric to be lowered.
         shape: of a sample.
         schedule: of the sampler.
         num_steps: of the optimiser.

@@ -10,6 +10,7 @@ from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites, Observation
 
 Acceptance = Literal["all", "score test", "evidence"]
+"""Which dendrites of a set are taken; see `propose`."""
 
 
 class Proposal(NamedTuple):

@@ -7,6 +7,8 @@ import numpyro.distributions as dist
 from probbp.models.physics.cases import Case
 
 POINTS = jnp.linspace(0.0, 1.0, 32)
+"""Where the deflection is measured [m]."""
+
 LOAD, INERTIA = 1.0, 2e-6
 
 

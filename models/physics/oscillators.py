@@ -10,6 +10,7 @@ from probbp.models import runge_kutta
 from probbp.models.physics.cases import Case
 
 TIMES = jnp.linspace(0.0, 9.95, 64)
+"""Of the records [s]."""
 
 
 def oscillator() -> Case:

@@ -1,6 +1,7 @@
 """What a sampler of ours offers: BlackJAX's own API object, and the acceptance rate to tune for."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,11 @@ class Algorithm(GenerateSamplingAPI):
     """
 
     target_acceptance_rate: Callable[..., float]
+
+    def __post_init__(self) -> None:
+        """Show the docstring and the signature of the algorithm, not of this class."""
+        self.__doc__ = self.differentiable.__doc__
+        self.__signature__ = inspect.signature(self.differentiable)
 
 
 def target_acceptance_rate(algorithm: Callable) -> float:

@@ -41,6 +41,12 @@ def hessian(logdensity_fn: LogDensity) -> Callable:
     r"""Return value, slopes and the Hessian on the plane, by nested Jacobian-vector products.
 
     The entries are :math:`v_i^\top \nabla^2 f(x)\, v_j`, k (k + 1) / 2 nested products.
+
+    Args:
+        logdensity_fn: f, a position to a scalar.
+
+    Returns:
+        `(position, tangents) -> (logdensity, slopes (k,), curvature (k, k))`.
     """
 
     def derivatives(position, tangents):

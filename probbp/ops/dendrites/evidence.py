@@ -128,6 +128,11 @@ def laplace(
     .. math:: N\big(g_i / (H_i + \tau^{-2}),\; (H_i + \tau^{-2})^{-1}\big)
 
     A guide that starts there has gained `log_evidence_gain` of ELBO at once.
+
+    Args:
+        gradient: g (n,), of the log likelihood at 0.
+        curvature: H (n,), minus its second derivative.
+        prior_scale: tau, the prior's standard deviation.
     """
     precision = curvature + 1 / jnp.square(prior_scale)
     return gradient / precision, jax.lax.rsqrt(precision)

@@ -20,7 +20,7 @@ class Dendrites(NamedTuple):
     wait with mask 0 keep one program for a whole run, at the price of computing them.
 
     Attributes:
-        kernel: U (slots, *kernel), the layer's kernel with its neurons on the last axis.
+        kernel: U `(slots, *kernel)`, the layer's kernel with its neurons on the last axis.
         bias: c (slots, n).
         cascade: Gamma (slots, slots, n), what dendrite k hears of dendrite j. Only j < k is read.
         weight: v (slots, n), the neuron's weight of the dendrite.
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
     """One dendrite for each of n neurons, not yet connected.
 
     Attributes:
-        kernel: (*kernel).
+        kernel: `(*kernel)`.
         bias: (n,).
         cascade: (slots, n), what it hears of the dendrites that are there.
     """
@@ -52,7 +52,7 @@ def empty(kernel: jax.Array, slots: int = 0) -> Dendrites:
     """Return no dendrites for a layer, with room for some.
 
     Args:
-        kernel: the layer's, (m, n) or (*window, m, n).
+        kernel: the layer's, (m, n) or `(*window, m, n)`.
         slots: how many masked slots to lay out.
     """
     if kernel.ndim < 2:

@@ -18,6 +18,11 @@ def covariance(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = No
 
     It grows with the amplitude of d: saturated branches win. The division makes neurons and layers
     comparable; the derivative with respect to d is that of the paper's up to this factor.
+
+    Args:
+        d: the dendrites' outputs (rows, n).
+        errors: of their neurons, as `d`.
+        curvature: not used.
     """
     d, errors = _rows(d), _rows(errors)
     centred = errors - errors.mean(0)
@@ -25,7 +30,13 @@ def covariance(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = No
 
 
 def correlation(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = None) -> jax.Array:
-    """Return the absolute correlation for each neuron: in [0, 1], blind to scale and shift."""
+    """Return the absolute correlation for each neuron: in [0, 1], blind to scale and shift.
+
+    Args:
+        d: the dendrites' outputs (rows, n).
+        errors: of their neurons, as `d`.
+        curvature: not used.
+    """
     d = _rows(d)
     return covariance(d, errors) / _floored(d - d.mean(0))
 
@@ -36,7 +47,10 @@ def gain(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = None) ->
     .. math:: \max_v \Big(-v \sum_p \delta_p d_p - \frac{v^2}{2} \sum_p h_p d_p^2\Big)
         = \frac{(\sum_p \delta_p d_p)^2}{2 \sum_p h_p d_p^2}
 
-    Without a curvature the squared errors stand for it.
+    Args:
+        d: the dendrites' outputs (rows, n).
+        errors: of their neurons, as `d`.
+        curvature: h of the loss in z, as `d`. Without it the squared errors stand for it.
     """
     d, errors = _rows(d), _rows(errors)
     curvature = errors**2 if curvature is None else _rows(curvature)

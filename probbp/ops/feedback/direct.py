@@ -37,8 +37,8 @@ def direct(
             them: partials, closures, or Flax's NNX modules. A layer holds its parameters and what
             comes after them up to the next layer, the activation included.
         x: the first layer's input.
-        feedback: B, one for each layer but the last, (k, *features) where the layer's output is
-            (..., *features) and has the leading axes of e. `direct_weights` draws them.
+        feedback: B, one for each layer but the last, `(k, *features)` where the layer's output is
+            `(..., *features)` and has the leading axes of e. `direct_weights` draws them.
 
     Returns:
         The loss. Both AD modes, `jit`. First derivatives only. On one device a step costs about
@@ -96,7 +96,7 @@ def direct_weights(rng_key: jax.Array, layers: Sequence[Layer], x: jax.Array) ->
         x: the first layer's input, (batch, ...), or its `jax.ShapeDtypeStruct`.
 
     Returns:
-        (k, *features) for each layer but the last.
+        `(k, *features)` for each layer but the last.
     """
     shapes = []
     for layer in layers:

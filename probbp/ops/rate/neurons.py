@@ -13,12 +13,14 @@ from probbp.types import Tree
 class Neuron(NamedTuple):
     """A neuron, elementwise in its current.
 
-    init: an array, as the current, to the state before the first step.
-    step: `(params, state, current)` to the next state and the spikes, of the current's shape. Each
-        element hangs on its own current and state alone. Its derivative is what backpropagation
-        through time would use, with a surrogate for that of the spike.
-    params: pytree of numbers and arrays that broadcast to the current. JAX arrays are
-        differentiated, and each costs a directional derivative a step; Python's numbers are not.
+    Attributes:
+        init: an array, as the current, to the state before the first step.
+        step: `(params, state, current)` to the next state and the spikes, of the current's shape.
+            Each element hangs on its own current and state alone. Its derivative is what
+            backpropagation through time would use, with a surrogate for that of the spike.
+        params: pytree of numbers and arrays that broadcast to the current. JAX arrays are
+            differentiated, and each costs a directional derivative a step; Python's numbers are
+            not.
     """
 
     init: Callable[[jax.Array], Tree]

@@ -25,7 +25,8 @@ def advance(
         params: pytree of real arrays.
         carry: pytree of floating-point arrays, where the last stretch ended.
         sensitivity: of `carry` with respect to `params`, as `jax.jacfwd` would give it: the tree
-            of `carry`, with that of `params` in every leaf, (*carry leaf, *params leaf). `None` for
+            of `carry`, with that of `params` in every leaf, `(*carry leaf, *params leaf)`.
+            `None` for
             a carry that does not depend on them.
         xs: pytree of arrays with the time on the first axis.
 

@@ -10,6 +10,7 @@ from operator import mul
 from typing import Literal, NamedTuple, get_args
 
 Prediction = Literal["eps", "v"]
+"""What a denoiser predicts: the noise, or v, its mixture with the sample."""
 
 
 class Schedule(NamedTuple):

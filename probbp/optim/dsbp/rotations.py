@@ -19,7 +19,10 @@ import optax
 
 
 def skew(a: jax.Array) -> jax.Array:
-    r"""Return :math:`(A - A^\top) / 2`, the part of (..., n, n) that rotates.
+    r"""Return :math:`(A - A^\top) / 2`, the part that rotates.
+
+    Args:
+        a: square matrices (..., n, n).
 
     Example:
         >>> import jax.numpy as jnp

@@ -290,7 +290,7 @@ def protect(directions: Tree) -> optax.GradientTransformationExtraArgs:
     (a learning rate, its schedule, a clip by the global norm). Momentum alone commutes with it.
 
     Args:
-        directions: the pytree of parameters, or its beginning: for a kernel (*size, in, out) its
+        directions: the pytree of parameters, or its beginning: for a kernel `(*size, in, out)` its
             (in, k) or, of a convolution, its (size in, k) of `used_directions`; for stacked kernels
             stacked directions, (stack, in, k), zeros filling up those that use fewer; `None` for
             what may move freely, be it a leaf or a whole branch. A bias is the kernel of an input

@@ -93,9 +93,9 @@ def scale_by_dynamic_spectral(
         source: what the basis follows: the second moment of the gradient, :math:`G G^\top`, or of
             activations, :math:`A^\top A / n`, which come as the extra argument `acts` of `update`:
             a tree like the parameters, with an array (..., m) at each matrix and None elsewhere
-            (of stacked layers: (*stacked, ..., m)). `activations` with `side="out"` is the paper's;
-            with `side="in"` a gradient, which lies in the span of the layer's inputs, loses nothing
-            once k reaches their rank.
+            (of stacked layers: `(*stacked, ..., m)`). `activations` with `side="out"` is the
+            paper's; with `side="in"` a gradient, which lies in the span of the layer's inputs,
+            loses nothing once k reaches their rank.
         side: the axis whose directions are tracked: "in", a kernel's inputs, or "out".
         inner: f, for `residual`, `project` and `random`, made of `optax.scale_by_adam`,
             `optax.trace` and what has no moments; leaves that are no matrices go through it as they
@@ -291,7 +291,7 @@ def _turn(state: Any, found: Matrices, turns: Tree | None) -> Any:
 
 
 def _activations(acts: Tree | None, found: Matrices) -> list[jax.Array]:
-    """Return activations as (*batch, m, examples), whose second moment is the mean of a^T a."""
+    """Return activations as `(*batch, m, examples)`, whose second moment is the mean of a^T a."""
     if acts is None:
         raise ValueError(
             "source='activations' needs them in each call: update(grads, state, params, acts=acts)."

@@ -98,15 +98,15 @@ def patches(
     """Return what a convolution multiplies its kernel with, one row for each output position.
 
     Args:
-        images: (batch, *space, channels).
+        images: `(batch, *space, channels)`.
         kernel_size: of each axis of space.
         window_strides: the convolution's; 1 if not given.
         padding: the convolution's.
         rhs_dilation: the convolution's; 1 if not given.
 
     Returns:
-        (batch, *space, in), in the order of a kernel of shape (*kernel_size, channels, out) whose
-        axes but the last are made one.
+        `(batch, *space, in)`, in the order of a kernel of shape
+        `(*kernel_size, channels, out)` whose axes but the last are made one.
 
     Example:
         >>> import jax.numpy as jnp
@@ -162,7 +162,7 @@ def truncate(
     linear layers `left` is a narrower layer, and `right @ next_kernel` the one that follows it.
 
     Args:
-        kernel: (in, out), or (*size, channels, out) of a convolution. That runs as a convolution
+        kernel: (in, out), or `(*size, channels, out)` of a convolution. That runs as a convolution
             with `left`, and `@ right`.
         moment: of the layer's inputs; of a convolution's, of its `patches`.
         rank: how many directions of the output to keep. One program under `jax.jit` for each.
