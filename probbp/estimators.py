@@ -268,7 +268,8 @@ def _orthonormalised(tangents: Tree) -> Tree:
         )
     _, unravel = ravel_pytree(one)
     flat = jax.vmap(lambda tangent: ravel_pytree(tangent)[0])(tangents)
-    return jax.vmap(unravel)(jnp.linalg.qr(flat.T)[0].T)
+    wide = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))  # LAPACK knows no half precision
+    return jax.vmap(unravel)(jnp.linalg.qr(wide.T)[0].T.astype(flat.dtype))
 
 
 def _require_floating(params: Tree) -> None:

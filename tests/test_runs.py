@@ -171,7 +171,7 @@ def test_the_step_size_of_the_draws_is_the_averaged_one():
     state = adapt.initial
     for rate in np.linspace(0.0, 1.0, 7):
         state = adapt.update(state, jnp.zeros(2, bool), jnp.zeros(1), rate)
-    learn = programs(probbp.mala, adapt, jnp.zeros(1), 1.0, 1).learn
+    learn = programs(probbp.mala, adapt, None, 1.0, 1, None).learn
     learnt = learn(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state))
     wanted = np.exp(state.dual_averaging.log_step_size_avg)
     np.testing.assert_allclose(learnt["step_size"], wanted, rtol=1e-12)

@@ -134,8 +134,9 @@ def test_the_invariance_test_rejects_a_mala_without_its_correction(monkeypatch):
 
     right = module.accept_or_reject
 
-    def broken(rng_key, log_ratio, state, proposal):
-        return right(rng_key, proposal.logdensity - state.logdensity, state, proposal)
+    def broken(rng_key, log_ratio, state, proposal, is_finite):
+        log_ratio = proposal.logdensity - state.logdensity
+        return right(rng_key, log_ratio, state, proposal, is_finite)
 
     monkeypatch.setattr(module, "accept_or_reject", broken)
     target = TARGETS["mix"]

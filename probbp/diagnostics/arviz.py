@@ -80,6 +80,10 @@ def from_blackjax(
             statistics[name] = np.asarray(getattr(infos, field))
     statistics |= {name: np.asarray(value) for name, value in (sample_stats or {}).items()}
 
+    posterior, statistics = (
+        {name: _known_to_numpy(value) for name, value in group.items()}
+        for group in (posterior, statistics)
+    )
     shape = next(iter(posterior.values())).shape[:2]
     for name, value in {**posterior, **statistics}.items():
         if value.ndim < 2 or value.shape[:2] != shape:
@@ -92,6 +96,11 @@ def from_blackjax(
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(groups, coords=coords, dims=dims)
     return arviz.from_dict(**groups, coords=coords, dims=dims)
+
+
+def _known_to_numpy(value: np.ndarray) -> np.ndarray:
+    """Return a value in a dtype of NumPy's own: `bfloat16` and its like in single precision."""
+    return value if value.dtype.isbuiltin == 1 else value.astype(np.float32)
 
 
 def _named(positions: Tree) -> dict[str, np.ndarray]:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from numpyro.handlers import seed, trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
-from numpyro.primitives import Messenger
 from numpyro.util import identity, is_prng_key
 
+from probbp.numpyro.calls import Plates, handed, inspect_model
+from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
 from probbp.samplers import checks
 from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
 from probbp.samplers.algorithm import target_acceptance_rate
@@ -59,6 +59,10 @@ class Kernel(MCMCKernel):
     that the chain stays exact. With an algorithm that draws no estimates, such as `blackjax.nuts`,
     the key is always the same, and the derivative a fixed one.
 
+    In a plate with `subsample_size` the log density is that of all rows, and stays exact; an
+    estimate of its gradient takes a mini-batch that hangs on its key (`probbp.numpyro.subsampled`
+    says more). An algorithm that draws no estimates has the gradient of all rows.
+
     Args:
         model: a NumPyro model with continuous latent sites.
         algorithm: `(logdensity_fn, step_size=..., inverse_mass_matrix=...) -> SamplingAlgorithm`,
@@ -69,11 +73,15 @@ class Kernel(MCMCKernel):
         target_accept_prob: by default the algorithm's best, known for ours.
         metric: the scale to learn: "diag", "dense", "low_rank", a BlackJAX `MetricRecipe`, or
             `None` for an algorithm that takes no inverse mass matrix.
+        batch_size: how many rows of the largest plate that subsamples are in memory at once where
+            all are evaluated; all by default.
         init_strategy: NumPyro's, per site.
 
     Raises:
         ValueError: for neither or both of `model` and `potential_fn`, a model without latent
-            sites, one with discrete ones, or one whose log density depends on `numpyro.prng_key()`.
+            sites, one with discrete ones or with latent sites inside a plate that subsamples, one
+            whose mini-batches don't average to all rows, or one whose log density depends on
+            `numpyro.prng_key()`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, probbp
@@ -99,6 +107,7 @@ class Kernel(MCMCKernel):
         step_size: float = 1.0,
         target_accept_prob: float | None = None,
         metric: Metric = "diag",
+        batch_size: int | None = None,
         init_strategy: Callable = init_to_uniform,
     ):
         if (model is None) == (potential_fn is None):
@@ -113,12 +122,14 @@ class Kernel(MCMCKernel):
         self._step_size = step_size
         self._target_accept_prob = target_accept_prob
         self._metric = metric
+        self._batch_size = batch_size
         self._init_strategy = init_strategy
         self._reset()
 
     def _reset(self) -> None:
         self._potential_fn_gen: Callable | None = None
         self._draws_keys = False
+        self._plates: Plates = {}
         self._postprocess_fn: Callable | None = None
         self._sample_fn: Callable | None = None
 
@@ -212,24 +223,28 @@ class Kernel(MCMCKernel):
                 raise ValueError("A Kernel built from a potential_fn needs MCMC.run(init_params=).")
             return init_params
         one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
-        keys = _ModelKeys(one_key)
-        with keys:
-            _check_sites(self._model, one_key, model_args, model_kwargs)
-        self._draws_keys = keys.was_asked
+        self._plates, self._draws_keys = inspect_model(
+            self._model, one_key, model_args, model_kwargs, self._init_strategy
+        )
+        rows = draw_rows(one_key, self._plates)
         info = initialize_model(
             rng_key,
-            _taking_a_key(self._model),
+            handed(self._model),
             init_strategy=self._init_strategy,
             dynamic_args=True,
             model_args=model_args,
-            model_kwargs=model_kwargs,
+            model_kwargs={**model_kwargs, "rows_of_plates": rows},
             validate_grad=False,
         )
         self._potential_fn_gen = info.potential_fn
         self._postprocess_fn = info.postprocess_fn
         start = info.param_info.z if init_params is None else init_params
         one_start = start if is_prng_key(rng_key) else jax.tree.map(lambda leaf: leaf[0], start)
-        checks.check_key(self._logdensity_fn(model_args, model_kwargs), one_start)
+        if self._draws_keys:
+            checks.check_key(self._logdensity_fn(model_args, model_kwargs), one_start)
+        if self._plates:
+            density = self._density(model_args, model_kwargs)
+            check_rows(density, self._plates, self._batch_size, one_start)
         return start
 
     def _bind(self, adapt_state, model_args, model_kwargs):
@@ -238,18 +253,23 @@ class Kernel(MCMCKernel):
         return self._algorithm(logdensity_fn, **parameters(adapt_state))
 
     def _logdensity_fn(self, model_args, model_kwargs) -> LogDensity:
-        def potential_fn(**key):
-            if self._potential_fn_gen is None:
-                return self._potential_fn
-            return self._potential_fn_gen(*model_args, **model_kwargs, **key)
+        if self._potential_fn_gen is None:
+            return lambda z: -self._potential_fn(z)
+        density = self._density(model_args, model_kwargs)
+        if self._plates:
+            whole = over_all_rows(density, self._plates, self._batch_size)
+            return with_gradient_of_rows(density, self._plates, whole)
+        if self._draws_keys:
+            return lambda z, rng_key=None: density(z, rng_key, {})
+        return lambda z: density(z, None, {})
 
-        def logdensity_fn(z):
-            return -potential_fn()(z)
+    def _density(self, model_args, model_kwargs):
+        def density(z, rng_key, rows):
+            assert self._potential_fn_gen is not None
+            handed_kwargs = {**model_kwargs, "key_of_model": rng_key, "rows_of_plates": rows}
+            return -self._potential_fn_gen(*model_args, **handed_kwargs)(z)
 
-        def keyed_logdensity_fn(z, rng_key=None):
-            return -potential_fn(key_of_model=rng_key)(z)
-
-        return keyed_logdensity_fn if self._draws_keys else logdensity_fn
+        return density
 
     def _step(self, adapt, num_warmup, state, model_args, model_kwargs):
         rng_key, key_step = jax.random.split(state.rng_key)
@@ -295,60 +315,3 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
-
-
-class _ModelKeys(Messenger):
-    """Hands out what `numpyro.prng_key()` returns, and notes whether anything asked for it.
-
-    Keys alone: unlike `numpyro.handlers.seed` it draws no site and no subsample, which would enter
-    the value of the log density.
-    """
-
-    def __init__(self, rng_key: jax.Array):
-        super().__init__()
-        self.rng_key = rng_key
-        self.was_asked = False
-
-    def process_message(self, msg):
-        # A loop (`numpyro.contrib.control_flow.scan`) hides what its body asks for.
-        if msg["type"] in ("prng_key", "control_flow"):
-            self.was_asked = True
-            self.rng_key, rng_key = jax.random.split(self.rng_key)
-            if msg["type"] == "prng_key":
-                msg["value"] = rng_key
-            else:
-                msg["kwargs"]["rng_key"] = rng_key
-
-
-def _taking_a_key(model: Callable) -> Callable:
-    """Return the model with one more argument, the key of its `numpyro.prng_key()`."""
-
-    def keyed_model(*args, key_of_model=None, **kwargs):
-        if key_of_model is None:  # NumPyro then hands out a fixed one, and none in its `scan`
-            return model(*args, **kwargs)
-        with _ModelKeys(key_of_model):
-            return model(*args, **kwargs)
-
-    return keyed_model
-
-
-def _check_sites(model, rng_key, model_args, model_kwargs) -> None:
-    """Require latent sites, all of them continuous."""
-    sites = trace(seed(model, rng_key)).get_trace(*model_args, **model_kwargs)
-    latent = {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
-    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
-    if discrete:
-        raise ValueError(
-            f"The latent sites {discrete} are discrete, and Langevin moves can't change them. Sum "
-            "them out (numpyro.distributions.MixtureSameFamily), or make this kernel a block of "
-            "numpyro.infer.Gibbs beside DiscreteGibbs."
-        )
-    if not latent:
-        raise ValueError(
-            "The model has no latent site to sample: every sample site is observed. Check the "
-            "arguments of MCMC.run, and numpyro.handlers.condition."
-        )

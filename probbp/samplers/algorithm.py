@@ -22,9 +22,14 @@ class Algorithm(GenerateSamplingAPI):
     target_acceptance_rate: Callable[..., float]
 
     def __post_init__(self) -> None:
-        """Show the docstring and the signature of the algorithm, not of this class."""
+        """Show the docstring of the algorithm, not of this class."""
         self.__doc__ = self.differentiable.__doc__
-        self.__signature__ = inspect.signature(self.differentiable)
+
+    def __getattr__(self, name: str) -> Any:
+        """Show the signature of the algorithm; it is not stored, as it can't be pickled."""
+        if name == "__signature__":
+            return inspect.signature(self.differentiable)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def target_acceptance_rate(algorithm: Callable) -> float:

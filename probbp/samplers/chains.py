@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.samplers.devices import devices
 from probbp.samplers.fingerprints import fingerprint
-from probbp.samplers.programs import programs, step_keys
+from probbp.samplers.programs import latest, programs, step_keys
 from probbp.types import Tree
 
 NUM_UPDATES = 40
@@ -50,6 +50,7 @@ def sample(
     checkpoint: str | os.PathLike[str] | None = None,
     stream: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
+    batch_size: int | None = None,
     progress_bar: bool = True,
 ) -> Any:
     """Run many chains of an algorithm, vectorised, and return what ArviZ reads.
@@ -96,12 +97,15 @@ def sample(
             (`jax.device_put` with a `NamedSharding`; of a mesh with further axes, and with axes of
             type `Auto`) stay there, and JAX adds up what they contribute. With several processes,
             each makes the same call and gets the whole result.
+        batch_size: how many chains run at once, all by default. Where their memory is too much: the
+            same draws, to rounding, a batch after the other. Not with a mesh.
         progress_bar: whether to show progress: acceptance rate, step size, R-hat so far, and which
             chains are stuck (hardly any proposal is accepted) or diverge.
 
     Returns:
         ArviZ's object, with `posterior` (chain, draw, ...) and in `sample_stats` the acceptance
-        rate, step size, log density `lp` and `diverging` (a proposal that was NaN or infinite).
+        rate, step size, log density `lp` and `diverging` (NaN or
+            infinity at a proposal).
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
@@ -124,8 +128,11 @@ def sample(
     from probbp.diagnostics.arviz import from_blackjax
 
     counts = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    for name, count in (counts if every is None else counts | {"every": every}).items():
+    optional = {"every": every, "batch_size": batch_size}
+    for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
         checks.check_count(name, count)
+    if mesh is not None and batch_size is not None:
+        raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     warmup_chunk = -(-num_warmup // NUM_UPDATES)
@@ -138,20 +145,23 @@ def sample(
     if not callable(position):
         position = jax.tree.map(jnp.asarray, position)
         checks.check_position(position)
-    one = position(rng_key) if callable(position) else position
+    start_fn = position if callable(position) else None
+    if start_fn is not None:
+        position = start_fn(rng_key)
     adapt = adaptation(
-        optax.tree.size(one),
+        optax.tree.size(position),
         num_warmup,
         target_acceptance_rate,
         metric=metric,
         initial_step_size=initial_step_size,
     )
+    program = programs(algorithm, adapt, start_fn, dispersion, thinning, batch_size)
+    keys_of = partial(partial, step_keys, num_chains=num_chains)
+    init_keys = partial(jax.random.split, num=num_chains)
+    warmup_keys = keys_of(num_steps=num_warmup, num=warmup_chunk)
+    sample_keys = keys_of(num_steps=num_keys, num=chunk)
     key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
     on = devices(mesh, num_chains)
-    program = programs(algorithm, adapt, position, dispersion, thinning)
-    init_keys = partial(jax.random.split, num=num_chains)
-    warmup_keys = partial(step_keys, num_chains=num_chains, num_steps=num_warmup, num=warmup_chunk)
-    sample_keys = partial(step_keys, num_chains=num_chains, num_steps=num_keys, num=chunk)
 
     postprocess = lambda positions: positions  # noqa: E731
     if postprocess_fn is not None:
@@ -173,29 +183,37 @@ def sample(
 
     # The shapes of all that follows: what a checkpoint and a store must hold.
     starts = jax.eval_shape(init_keys, key_init)
-    carry = jax.eval_shape(program.init, starts)
+    carry = jax.eval_shape(program.init, starts, position)
     learnt = jax.eval_shape(program.learn, carry[1])
     draw_args = (carry[0], learnt, keys_like(sample_keys))
+    blank = jax.tree.map(
+        lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype),
+        jax.eval_shape(program.draw, *draw_args)[1],
+    )
+    warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
+    described = {
+        "the program of the start": (program.init, (starts, position)),
+        "the program of the warm-up": (program.warm_up, warmup_args),
+        "the program of the draws": (program.draw, draw_args),
+        "postprocess_fn": (postprocess, (blank.position,)),
+    }
+    if mesh is None:
+        program, init_keys, warmup_keys, sample_keys, postprocess = latest(
+            (num_chains, num_warmup, warmup_chunk, num_keys, chunk),
+            described,
+            (program, init_keys, warmup_keys, sample_keys, postprocess),
+        )
 
     with ExitStack() as stack:
+        stack.enter_context(_advice_on_memory())
         found = save = None
         folder = checkpoint if stream is None else stream
         if folder is None:
             sink = sinks.in_memory(as_arviz, carry[0].position)
         else:
-            blank = jax.tree.map(
-                lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype),
-                jax.eval_shape(program.draw, *draw_args)[1],
-            )
-            warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
             prints = fingerprint(
-                {
-                    "the program of the start": (program.init, (starts,)),
-                    "the program of the warm-up": (program.warm_up, warmup_args),
-                    "the program of the draws": (program.draw, draw_args),
-                    "postprocess_fn": (postprocess, (blank.position,)),
-                },
-                (rng_key, adapt.schedule),
+                described,
+                (rng_key, adapt.schedule, position),
                 counts | {"num_warmup": num_warmup, "every": chunk, "coords": coords, "dims": dims},
             )
             template = sinks.of_few_draws(as_arviz, blank, np.zeros(num_chains))
@@ -211,7 +229,7 @@ def sample(
 
         done, moments, divergent = 0, progress.no_draws(sink.like), np.zeros((), int)
         if found is None:
-            carry = on.jit(program.init)(on.jit(init_keys)(key_init))
+            carry = on.jit(program.init)(on.jit(init_keys)(key_init), position)
             checks.check_start(on.get(carry[0].logdensity))
         else:
             done, (carry, moments, divergent) = found
@@ -259,3 +277,17 @@ def sample(
             if save is not None:
                 save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
     return sink.read(step_size)
+
+
+@contextmanager
+def _advice_on_memory():
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note(
+                "The chains do not fit into memory together. `probbp.sample` takes a `batch_size`, "
+                "how many of them run at once; for draws that do not fit, `stream` and `every`. An "
+                "estimator of many tangents has a `batch_size` of its own."
+            )
+        raise

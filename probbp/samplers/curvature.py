@@ -24,6 +24,21 @@ def magnitude(curvature: jax.Array, floor: float) -> jax.Array:
     return jnp.sqrt(curvature**2 + floor**2)
 
 
+def finite_or_plain(
+    slope: jax.Array, second: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Return slopes and curvature, no slope and a curvature of one where any of it is no number.
+
+    Given the tangents that is a fixed rule of the position, which a Metropolis test corrects. The
+    third output says whether all of it is finite.
+    """
+    is_finite = jnp.all(jnp.isfinite(slope))
+    if second is not None:
+        is_finite &= jnp.all(jnp.isfinite(second))
+        second = jnp.where(is_finite, second, jnp.eye(len(second), dtype=second.dtype))
+    return jnp.where(is_finite, slope, jnp.zeros_like(slope)), second, is_finite
+
+
 def no_curvature(logdensity_fn: LogDensity) -> Callable:
     """Return value and slopes, and `None` for the curvature: k Jacobian-vector products."""
 

@@ -38,7 +38,7 @@ def fingerprint(
     prints = {}
     for name, (fun, args) in programs.items():
         closed = jax.make_jaxpr(fun)(*args)
-        prints |= {name: _hash_graph(closed), ORDER + name: _hash_text(closed)}
+        prints |= {name: _hash_graph(closed), ORDER + name: hash_program(closed)}
     sha = hashlib.sha256()
     for leaf in jax.tree.leaves(values):
         hash_array(sha, leaf)
@@ -48,6 +48,14 @@ def fingerprint(
     prints["platform"] = jax.default_backend()
     prints["double precision"] = repr(jax.config.read("jax_enable_x64"))
     return prints
+
+
+def hash_program(closed: jex.ClosedJaxpr) -> str:
+    """Hash a program as a text, and every array that it closes over."""
+    sha = hashlib.sha256(_text(closed.jaxpr).encode())
+    for const in [*closed.consts, *nested_constants(closed.jaxpr)]:
+        hash_array(sha, const)
+    return sha.hexdigest()
 
 
 def hash_array(sha: Any, value: Any) -> None:
@@ -71,13 +79,6 @@ def _text(value):
     text = re.sub(r"0x[0-9a-f]+", "", str(value))
     # Sets are printed in the order of Python's hashes, which differ from process to process.
     return re.sub(r"frozenset\(\{(.*?)\}\)", lambda match: str(sorted(match[1].split(", "))), text)
-
-
-def _hash_text(closed):
-    sha = hashlib.sha256(_text(closed.jaxpr).encode())
-    for const in [*closed.consts, *nested_constants(closed.jaxpr)]:
-        hash_array(sha, const)
-    return sha.hexdigest()
 
 
 def _hash_graph(closed):

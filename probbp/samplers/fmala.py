@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from blackjax.mcmc.mala import MALAState
 from blackjax.mcmc.metrics import default_metric
@@ -19,7 +18,14 @@ from blackjax.util import generate_unit_vector
 
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
-from probbp.samplers.curvature import FLOOR, Curvature, hessian, magnitude, no_curvature
+from probbp.samplers.curvature import (
+    FLOOR,
+    Curvature,
+    finite_or_plain,
+    hessian,
+    magnitude,
+    no_curvature,
+)
 from probbp.samplers.mala import (
     KEY_POLICIES,
     KeyPolicy,
@@ -57,7 +63,7 @@ def init(
     logdensity, slope = jax.jvp(fun, (position,), (white.unwhiten(tangent),))
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
-    return MALAState(position, logdensity, white.push(optax.tree.scale(slope, tangent)))
+    return MALAState(position, logdensity, white.push(_scale(slope, tangent)))
 
 
 def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
@@ -93,13 +99,20 @@ def build_kernel(curvature: Curvature, key_policy: KeyPolicy) -> Callable:
             tangent = generate_unit_vector(key, position)
             direction = jax.tree.map(lambda leaf: leaf[None], white.unwhiten(tangent))
             logdensity, slope, second = derivatives(position, direction)
+            slope, second, is_finite = finite_or_plain(slope, second)
+            slope = jnp.where(is_finite, slope, jnp.nan)  # told, and taken for zero, by the step
             precision = 1.0 if second is None else magnitude(second[0, 0], floor)
-            grad = optax.tree.scale(slope[0], tangent)
+            grad = _scale(slope[0], tangent)
             return Local(logdensity, grad, precision * jnp.ones_like(logdensity))
 
         return langevin_step(rng_key, state, local_fn, step_size, white, key_policy, drift_scale)
 
     return kernel
+
+
+def _scale(slope, tangent):
+    # Each leaf in its own dtype, that of the position.
+    return jax.tree.map(lambda v: (slope * v).astype(v.dtype), tangent)
 
 
 def op_key(rng_key: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
     FLOOR,
     Curvature,
+    finite_or_plain,
     hessian,
     magnitude,
     no_curvature,
@@ -65,13 +66,15 @@ def build_kernel(curvature: Curvature) -> Callable:
 
         def local_fn(position):
             logdensity, slope, second = derivatives(position, directions)
+            slope, second, is_finite = finite_or_plain(slope, second)
             if second is None:
-                return PlanePoint(position, logdensity, slope, jnp.ones_like(slope), None)
-            if num_tangents == 1:  # spares an eigendecomposition
-                return PlanePoint(position, logdensity, slope, magnitude(second[0], floor), None)
-            eigenvalues, axes = principal_axes(second)
-            precision = magnitude(eigenvalues, floor)
-            return PlanePoint(position, logdensity, slope, precision, axes)
+                point = PlanePoint(position, logdensity, slope, jnp.ones_like(slope), None)
+            elif num_tangents == 1:  # spares an eigendecomposition
+                point = PlanePoint(position, logdensity, slope, magnitude(second[0], floor), None)
+            else:
+                eigenvalues, axes = principal_axes(second)
+                point = PlanePoint(position, logdensity, slope, magnitude(eigenvalues, floor), axes)
+            return point, is_finite
 
         def inner_step(here, key):
             key_noise, key_accept = jax.random.split(key)
@@ -85,7 +88,7 @@ def build_kernel(curvature: Curvature) -> Callable:
                 here.position,
                 directions,
             )
-            there = local_fn(position)
+            there, is_finite = local_fn(position)
             residual = (
                 there.to_principal(move) + step_size / there.precision * there.principal_drift()
             )
@@ -96,9 +99,9 @@ def build_kernel(curvature: Curvature) -> Callable:
                 + jnp.sum(noise**2) / 2
                 + jnp.sum(jnp.log(there.precision) - jnp.log(precision)) / 2
             )
-            return accept_or_reject(key_accept, log_ratio, here, there)
+            return accept_or_reject(key_accept, log_ratio, here, there, is_finite)
 
-        here = local_fn(state.position)
+        here, _ = local_fn(state.position)
         if num_inner_steps == 1:
             here, info = inner_step(here, key_steps)
         else:
@@ -287,5 +290,6 @@ def orthonormal_tangents(rng_key: jax.Array, position: Tree, num_tangents: int) 
     if num_tangents == 1:
         tangent = generate_unit_vector(rng_key, position)
         return jax.tree.map(lambda leaf: leaf[None], tangent)
-    frame, _ = jnp.linalg.qr(jax.random.normal(rng_key, (flat.size, num_tangents), flat.dtype))
-    return jax.vmap(unravel, in_axes=1)(frame)
+    dtype = jnp.promote_types(flat.dtype, jnp.float32)  # LAPACK knows no half precision
+    frame, _ = jnp.linalg.qr(jax.random.normal(rng_key, (flat.size, num_tangents), dtype))
+    return jax.vmap(unravel, in_axes=1)(frame.astype(flat.dtype))

@@ -33,8 +33,9 @@ class MALAInfo(NamedTuple):
     Attributes:
         acceptance_rate: probability with which the proposal was accepted.
         is_accepted: whether it was.
-        is_divergent: whether the log density or an estimate at the proposal was NaN or infinite;
-            such a proposal is rejected.
+        is_divergent: whether the log density or the estimate at the proposal was NaN or infinite.
+            The log density: then the proposal is rejected. The estimate: it counts as zero, which
+            is as exact as any other, and wants looking into.
     """
 
     acceptance_rate: jax.Array
@@ -212,6 +213,8 @@ def langevin_step(
         here = Local(logdensity, grad, jnp.ones_like(logdensity))
     else:
         here = local_fn(key_there if key_policy == "shared" else key_here, state.position)
+    grad, _ = finite_or_zero(here.grad)
+    here = here._replace(grad=grad)
 
     # BlackJAX's default sigma, a Python float, would promote single precision where x64 is on.
     dtype = jnp.result_type(*jax.tree.leaves(state.position))
@@ -222,6 +225,8 @@ def langevin_step(
     )
     position = optax.tree.add(state.position, white.unwhiten(move))
     there = local_fn(key_there, position)
+    grad, is_finite = finite_or_zero(there.grad)
+    there = there._replace(grad=grad)
 
     h_back = step_size / there.precision
     residual = jax.tree.map(lambda m, g: m + h_back * drift_scale * g, move, there.grad)
@@ -234,15 +239,36 @@ def langevin_step(
         + num_params / 2 * (jnp.log(there.precision) - jnp.log(here.precision))
     )
     proposal = MALAState(position, there.logdensity, white.push(there.grad))
-    return accept_or_reject(key_accept, log_ratio, state, proposal)
+    return accept_or_reject(key_accept, log_ratio, state, proposal, is_finite)
+
+
+def finite_or_zero(estimate: Tree) -> tuple[Tree, jax.Array]:
+    """Return an estimate, or zeros where any of it is NaN or infinite, and whether none is.
+
+    Given its key that is a fixed field as before, which a Metropolis test corrects. A chain that
+    carries its estimate would otherwise stand still for good at the first that fails.
+    """
+    is_finite = jax.tree.reduce(
+        jnp.logical_and, jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), estimate)
+    )
+    zeroed = jax.tree.map(lambda leaf: jnp.where(is_finite, leaf, jnp.zeros_like(leaf)), estimate)
+    return zeroed, is_finite
 
 
 def accept_or_reject(
-    rng_key: jax.Array, log_ratio: jax.Array, state: NamedTuple, proposal: NamedTuple
+    rng_key: jax.Array,
+    log_ratio: jax.Array,
+    state: NamedTuple,
+    proposal: NamedTuple,
+    is_finite: jax.Array,
 ) -> tuple[Any, MALAInfo]:
-    """Take the proposal with probability min(1, exp(log_ratio)); never where that is no number."""
-    is_divergent = ~jnp.isfinite(log_ratio)
-    log_ratio = jnp.where(is_divergent, -jnp.inf, log_ratio)
+    """Take the proposal with probability min(1, exp(log_ratio)); never where that is no number.
+
+    `is_finite` says whether the estimate at the proposal was.
+    """
+    is_rejected = ~jnp.isfinite(log_ratio)
+    is_divergent = is_rejected | ~is_finite
+    log_ratio = jnp.where(is_rejected, -jnp.inf, log_ratio)
     state, (is_accepted, acceptance_rate, _) = static_binomial_sampling(
         rng_key, log_ratio, state, proposal
     )

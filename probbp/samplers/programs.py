@@ -1,4 +1,4 @@
-"""The programs of a run, each for all chains at once: start, warm-up, draws, and their keys."""
+"""The programs of a run, each for all chains: start, warm-up, draws, and their keys."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from probbp.samplers.adaptation import Adaptation, parameters, warmup_step
+from probbp.samplers.fingerprints import hash_program
 from probbp.types import Tree
 
 
@@ -16,7 +17,7 @@ class Programs(NamedTuple):
     """Pure functions, whose arguments and outputs have the chains as leading axis.
 
     Attributes:
-        init: `keys -> carry`, a pair of the kernel's and the warm-up's state.
+        init: `(keys, position) -> carry`, a pair of the kernel's and the warm-up's state.
         warm_up: `(carry, keys, schedule) -> (carry, acceptance rates)`, keys (chain, step).
         learn: `warm-up's state -> parameters` of the algorithm.
         draw: `(kernel's state, parameters, keys) -> (kernel's state, Draws)`, keys (chain, draw).
@@ -45,17 +46,22 @@ class Draws(NamedTuple):
 def programs(
     algorithm: Callable,
     adapt: Adaptation,
-    position: Tree | Callable[[jax.Array], Tree],
+    start_fn: Callable[[jax.Array], Tree] | None,
     dispersion: float,
     thinning: int,
+    batch_size: int | None,
 ) -> Programs:
-    """Write the programs of a run; the arguments are those of `sample`."""
+    """Write the programs of a run; the arguments are those of `sample`.
 
-    def init(key):
+    `start_fn` is its `position` where that is a function. The chains run all at once, or
+    `batch_size` at a time.
+    """
+
+    def init(key, position):
         key_start, key_state = jax.random.split(key)
         init_state = algorithm(**parameters(adapt.initial)).init
-        if callable(position):
-            start = position(key_start)
+        if start_fn is not None:
+            start = start_fn(key_start)
         else:
             start = _disperse(key_start, lambda p: init_state(p, key_state), position, dispersion)
         return init_state(start, key_state), adapt.initial
@@ -82,9 +88,46 @@ def programs(
 
         return jax.lax.scan(body, state, keys)
 
+    def over_chains(fun, num_shared=0):
+        def all_chains(*args):
+            chains, shared = args[: len(args) - num_shared], args[len(args) - num_shared :]
+
+            def one_chain(chain):
+                return fun(*chain, *shared)
+
+            if batch_size is None:
+                return jax.vmap(one_chain)(chains)
+            return jax.lax.map(one_chain, chains, batch_size=batch_size)
+
+        return all_chains
+
     return Programs(
-        jax.vmap(init), jax.vmap(warm_up, in_axes=(0, 0, None)), jax.vmap(learn), jax.vmap(draw)
+        over_chains(init, 1), over_chains(warm_up, 1), over_chains(learn), over_chains(draw)
     )
+
+
+def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs: Any) -> Any:
+    """Return the programs of the latest call where they are the same as these, else these.
+
+    JAX keeps what it has compiled with the function that it has compiled. Whether they are the same
+    is read from what they are traced to, with all the data that they close over, so that no other
+    data are ever taken for them. What they call back is not seen: such programs are not kept.
+
+    Args:
+        sizes: what else the programs hang on.
+        described: names to functions and their arguments, of which the shapes count.
+        programs: what is handed back, now or at the next call.
+    """
+    traced = [jax.make_jaxpr(fun)(*args) for fun, args in described.values()]
+    if any("callback" in str(closed) for closed in traced):
+        return programs
+    key = (sizes, *map(hash_program, traced))
+    if not (_latest and _latest[0] == key):
+        _latest[:] = key, programs
+    return _latest[1]
+
+
+_latest: list[Any] = []
 
 
 def step_keys(

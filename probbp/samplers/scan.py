@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from probbp.samplers import checkpoints, checks
 from probbp.samplers.devices import devices
 from probbp.samplers.fingerprints import fingerprint
+from probbp.samplers.programs import latest
 from probbp.types import Tree
 
 NUM_UPDATES = 40
@@ -85,7 +86,8 @@ def checkpointed_scan(
     def steps(carry, num):
         return jax.lax.scan(f, carry, None, length=num)
 
-    run = jax.jit(steps, static_argnums=1)
+    described = {"the program": (lambda c: steps(c, 1), (init,))}
+    run = latest((), described, jax.jit(steps, static_argnums=1))
     y = jax.eval_shape(lambda carry: f(carry, None)[1], init)
 
     def like(done):
@@ -96,7 +98,7 @@ def checkpointed_scan(
         found = save = None
         if checkpoint is not None:
             settings = {"length": length, "every": every}
-            prints = fingerprint({"the program": (lambda c: steps(c, 1), (init,))}, init, settings)
+            prints = fingerprint(described, init, settings)
             found = checkpoints.newest(checkpoint, prints, like)
             save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
         done, (carry, ys) = (0, (init, None)) if found is None else found

@@ -1,0 +1,275 @@
+"""What is compiled, and how often; what memory it takes, and who owns it."""
+
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import MCMC, SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+import probbp
+from probbp.estimators import averaged, forward, reverse
+from probbp.numpyro import Kernel, Optim
+
+ALGORITHMS = {
+    "mala": probbp.mala,
+    "mala, forward": partial(probbp.mala, estimator=averaged(forward(), 2)),
+    "fmala": probbp.fmala,
+    "line_fmala": partial(probbp.line_fmala, num_tangents=2),
+    "pc_fmala": probbp.pc_fmala,
+    "pc_line_fmala": probbp.pc_line_fmala,
+}
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+START = {"a": jnp.zeros(3), "b": (jnp.zeros(()),)}
+
+
+def logdensity_fn(x):
+    return -jnp.sum(x["a"] ** 2) / 2 - jnp.sum(jnp.cosh(x["b"][0]))
+
+
+def quiet(key, algorithm, **options):
+    options = {"num_warmup": 0, "num_samples": 20, "num_chains": 3, "metric": None} | options
+    return probbp.sample(jax.random.key(key), algorithm, START, progress_bar=False, **options)
+
+
+def same(ours, theirs, **tolerance):
+    assert set(ours.posterior.data_vars) == set(theirs.posterior.data_vars)
+    for name, values in ours.posterior.data_vars.items():
+        np.testing.assert_allclose(values.values, theirs.posterior[name].values, **tolerance)
+
+
+@pytest.fixture
+def compiled():
+    """Events of compilation, as they happen."""
+    events = []
+
+    def listen(name, seconds, **kwargs):
+        if name.endswith("backend_compile_duration"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def model(y):
+    mean = numpyro.sample("mean", dist.Normal(0, 3))
+    numpyro.sample("y", dist.Normal(mean, 1), obs=y)
+
+
+# ---------------------------------------------------------------------------------------
+# Compilation.
+
+
+@pytest.mark.parametrize("name", ["mala, forward", "pc_line_fmala"])
+def test_an_equal_call_of_sample_compiles_nothing(name, compiled):
+    algorithm = partial(ALGORITHMS[name], logdensity_fn)
+    options = {"num_warmup": 20, "metric": "diag"}
+    first = quiet(0, algorithm, **options)
+    assert compiled
+    compiled.clear()
+    again, other = quiet(0, algorithm, **options), quiet(1, algorithm, **options)
+    assert not compiled
+    same(first, again, rtol=0)
+    assert not np.array_equal(first.posterior["a"].values, other.posterior["a"].values)
+
+
+def test_what_differs_is_compiled_anew():
+    """Nothing is taken for the same that is not: data, settings, and the precision."""
+    algorithm = partial(probbp.mala, logdensity_fn)
+    plain = quiet(0, algorithm)
+    thinned = quiet(0, algorithm, thinning=2)
+    assert not np.array_equal(plain.posterior["a"].values, thinned.posterior["a"].values)
+    with jax.enable_x64(False):
+        single = probbp.sample(
+            jax.random.key(0),
+            algorithm,
+            jax.tree.map(lambda x: x.astype(jnp.float32), START),
+            num_warmup=0,
+            num_samples=20,
+            num_chains=3,
+            metric=None,
+            progress_bar=False,
+        )
+    assert single.posterior["a"].dtype == np.float32
+    same(plain, quiet(0, algorithm), rtol=0)
+
+
+def test_what_has_no_hash_is_no_matter():
+    algorithm = partial(probbp.mala, logdensity_fn)
+    same(
+        quiet(0, algorithm, initial_step_size=jnp.array(0.5)),
+        quiet(0, algorithm, initial_step_size=0.5),
+        rtol=1e-12,
+    )
+
+
+def test_numpyro_s_doors_compile_once(compiled):
+    y, other = jnp.arange(5.0), jnp.ones(5)
+    mcmc = MCMC(Kernel(model, probbp.fmala), num_warmup=10, num_samples=10, progress_bar=False)
+    mcmc.run(jax.random.key(0), y)
+    optim = Optim(optax.adam(1e-2), forward())
+    svi = SVI(model, AutoNormal(model), optim, Trace_ELBO())
+    update = jax.jit(svi.update)
+    state, _ = update(svi.init(jax.random.key(0), y), y)
+    state, _ = update(state, y)
+    compiled.clear()
+    mcmc.run(jax.random.key(1), y)
+    update(state, other)
+    assert not compiled
+
+
+@every_algorithm
+def test_no_tracer_leaks(name):
+    with jax.checking_leaks():
+        algorithm = ALGORITHMS[name](logdensity_fn, 0.1)
+        state = algorithm.init(START, jax.random.key(0))
+        jax.jit(algorithm.step)(jax.random.key(1), state)
+
+
+def test_no_tracer_leaks_from_whole_runs(tmp_path):
+    y = jnp.arange(5.0)
+    with jax.checking_leaks():
+        quiet(0, partial(probbp.mala, logdensity_fn))
+        optim = Optim(optax.adam(1e-2), averaged(forward(), 2))
+        svi = SVI(model, AutoNormal(model), optim, Trace_ELBO())
+        probbp.checkpointed_scan(
+            lambda state, _: svi.update(state, y),
+            svi.init(jax.random.key(0), y),
+            length=4,
+            checkpoint=tmp_path,
+            every=2,
+            progress_bar=False,
+        )
+
+
+def test_nothing_warns_on_import():
+    """In a process of its own, where nothing is loaded yet."""
+    code = """
+import warnings, importlib, pkgutil
+# ArviZ 0.23 announces ArviZ 1 on the first import of a day.
+warnings.filterwarnings("ignore", message=r"\\s*ArviZ is undergoing", category=FutureWarning)
+import probbp
+for found in pkgutil.walk_packages(probbp.__path__, "probbp."):
+    importlib.import_module(found.name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error:::probbp", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------
+# Memory.
+
+
+@every_algorithm
+def test_a_state_may_be_donated(name):
+    """Step after step in the same memory, with the draws of steps in memory of their own."""
+    algorithm = ALGORITHMS[name](logdensity_fn, 0.1)
+    donated, kept = jax.jit(algorithm.step, donate_argnums=1), jax.jit(algorithm.step)
+    ours = theirs = algorithm.init(jax.tree.map(jnp.copy, START), jax.random.key(0))
+    ours = jax.tree.map(jnp.copy, ours)
+    for key in jax.random.split(jax.random.key(1), 20):
+        before = ours
+        ours, _ = donated(key, ours)
+        theirs, _ = kept(key, theirs)
+    assert any(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_run_leaves_the_caller_s_arrays_alone():
+    quiet(0, partial(probbp.mala, logdensity_fn))
+    start = jnp.ones(3)
+    carry, _ = probbp.checkpointed_scan(
+        lambda x, _: (x + 1, x[0]), start, length=4, progress_bar=False
+    )
+    assert not any(leaf.is_deleted() for leaf in [start, *jax.tree.leaves(START)])
+    np.testing.assert_array_equal(start, 1)
+    np.testing.assert_array_equal(carry, 5)
+
+
+def test_a_long_run_keeps_no_array_of_its_past():
+    """Arrays alive on the device while a loop runs: as many at its end as at its beginning."""
+    alive = []
+
+    def count(x):
+        alive.append(len(jax.live_arrays()))
+        return x
+
+    def body(x, _):
+        jax.debug.callback(count, x[0])
+        return x + 1, x[0]
+
+    probbp.checkpointed_scan(body, jnp.ones(3), length=60, every=3, progress_bar=False)
+    assert len(alive) == 60
+    assert max(alive[-30:]) <= max(alive[:30])
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_chains_in_batches_are_the_same_chains(batch_size):
+    """The last batch is not full; more than all chains is all of them."""
+    algorithm = partial(probbp.fmala, logdensity_fn)
+    plain = quiet(0, algorithm, num_warmup=5, num_samples=8)
+    batched = quiet(0, algorithm, num_warmup=5, num_samples=8, batch_size=batch_size)
+    same(plain, batched, rtol=1e-9)
+
+
+def test_batches_take_less_memory():
+    from probbp.samplers.adaptation import adaptation
+    from probbp.samplers.programs import programs
+
+    def bytes_of(batch_size):
+        wide = lambda x: -jnp.sum(jnp.tanh(jnp.outer(x, jnp.arange(2000.0))) ** 2)  # noqa: E731
+        adapt = adaptation(50, 0, 0.5, metric=None)
+        algorithm = partial(probbp.fmala, wide)
+        parts = programs(algorithm, adapt, None, 1.0, 1, batch_size)
+        position = jnp.zeros(50)
+        keys = jax.random.split(jax.random.key(0), 16)
+        carry = jax.eval_shape(parts.init, keys, position)
+        learnt = jax.eval_shape(parts.learn, carry[1])
+        draw_keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (16, 10)))
+        lowered = jax.jit(parts.draw).lower(carry[0], learnt, draw_keys)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(2) < 0.3 * bytes_of(None)
+
+
+def test_memory_that_is_not_there_is_told_with_the_way_out():
+    def too_large(x):
+        wide = x["a"][0] * jnp.ones(2**21, x["a"].dtype)
+        return logdensity_fn(x) - jnp.sum(jnp.exp(-jnp.outer(wide, wide)) @ wide)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
+        quiet(0, partial(probbp.fmala, too_large))
+    assert any("batch_size" in note for note in caught.value.__notes__)
+
+
+def test_batches_and_a_mesh_exclude_each_other():
+    mesh = jax.make_mesh((1,), ("chains",))
+    with pytest.raises(ValueError, match="batch_size"):
+        quiet(0, partial(probbp.mala, logdensity_fn), mesh=mesh, batch_size=2)
+    with pytest.raises(ValueError, match="batch_size must be a positive integer"):
+        quiet(0, partial(probbp.mala, logdensity_fn), batch_size=0)
+
+
+def test_estimators_in_batches_take_less_memory():
+    """The knob that the message names: tangents that run one after the other."""
+
+    def loss(x):
+        return jnp.sum(jnp.tanh(jnp.outer(x, jnp.arange(2000.0))) ** 2)
+
+    def bytes_of(estimator):
+        lowered = jax.jit(estimator(loss)).lower(jax.random.key(0), jnp.zeros(50))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(forward(16, batch_size=2)) < 0.3 * bytes_of(forward(16))
+    assert bytes_of(reverse()) > 0
