@@ -122,7 +122,8 @@ def forward(
             gaussian = optax.tree.random_like(key, params)
             if tangents != "unit":
                 return gaussian
-            return optax.tree.scale(1 / optax.tree.norm(gaussian), gaussian)
+            norm = optax.tree.norm(gaussian)
+            return jax.tree.map(lambda z: (z / norm).astype(z.dtype), gaussian)
 
         return tangent
 

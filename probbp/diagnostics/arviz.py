@@ -4,6 +4,7 @@ ArviZ 0.23 holds an `InferenceData`, ArviZ 1 an `xarray.DataTree`; their `from_d
 arguments under one name. This adapter serves both.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -95,7 +96,9 @@ def from_blackjax(
     groups = {name: variables for name, variables in groups.items() if variables}
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(groups, coords=coords, dims=dims)
-    return arviz.from_dict(**groups, coords=coords, dims=dims)
+    with warnings.catch_warnings():  # ArviZ 0.23 takes many short chains for a mistake in the axes
+        warnings.filterwarnings("ignore", "More chains")
+        return arviz.from_dict(**groups, coords=coords, dims=dims)
 
 
 def _known_to_numpy(value: np.ndarray) -> np.ndarray:

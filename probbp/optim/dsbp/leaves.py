@@ -78,11 +78,11 @@ def matrix_axes(params: Tree) -> Tree:
     """Return the default of `weight_dimension_numbers`, a tree of `MuonDimensionNumbers` and None.
 
     Two axes: (in, out). More: a convolution's kernel, (*size, channels, out), as (in, out). One or
-    none: not a matrix.
+    none, or nothing in it: not a matrix.
     """
 
     def axes(leaf: jax.Array) -> MuonDimensionNumbers | None:
-        if jnp.ndim(leaf) < 2:
+        if jnp.ndim(leaf) < 2 or not jnp.size(leaf):
             return None
         return MuonDimensionNumbers(tuple(range(jnp.ndim(leaf) - 1)), jnp.ndim(leaf) - 1)
 

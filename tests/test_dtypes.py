@@ -1,0 +1,126 @@
+"""Half, single and double precision, alone and side by side in one position."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from invariance import PASS, largest_z_of
+from targets import gaussian
+
+import probbp
+from probbp.estimators import control_variate, forward
+
+HALVES = ("float16", "bfloat16")
+# name -> (algorithm, step size)
+ALGORITHMS = {
+    "mala": (probbp.mala, 0.3),
+    "mala, orthogonal": (
+        partial(probbp.mala, estimator=forward(2, tangents="orthogonal"), key_policy="shared"),
+        0.3,
+    ),
+    "mala, controlled": (
+        partial(
+            probbp.mala,
+            estimator=control_variate(forward(), lambda x: jax.tree.map(jnp.negative, x)),
+        ),
+        0.1,
+    ),
+    "fmala": (probbp.fmala, 0.3),
+    "line_fmala, plane": (partial(probbp.line_fmala, num_tangents=2, num_inner_steps=2), 0.8),
+    "pc_fmala": (probbp.pc_fmala, 0.3),
+    "pc_line_fmala": (probbp.pc_line_fmala, 1.28),
+    "pc_line_fmala, plane": (partial(probbp.pc_line_fmala, num_tangents=2), 0.8),
+}
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+POSITIONS = {
+    "half": {"a": jnp.full(2, 0.5, "float16")},
+    "brain": {"a": jnp.full(2, 0.5, "bfloat16")},
+    "all": [jnp.full((i, 2), 0.5, dtype) for i, dtype in enumerate((*HALVES, "float32"), 1)]
+    + [{"double": jnp.array(0.5)}],
+}
+
+
+def logdensity_fn(position):
+    return -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(position)) / 2
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@every_algorithm
+def test_each_leaf_keeps_its_dtype(name, position):
+    start = POSITIONS[position]
+    algorithm, step_size = ALGORITHMS[name]
+    # Warm-up hands over arrays in double precision.
+    scale = jnp.linspace(0.5, 2, sum(leaf.size for leaf in jax.tree.leaves(start)))
+    algorithm = algorithm(logdensity_fn, jnp.asarray(step_size / len(scale)), scale)
+    state = algorithm.init(start, jax.random.key(0))
+    assert dtypes(state.position) == dtypes(state.logdensity_grad) == dtypes(start)
+    # A scan refuses a state that changes its type.
+    last, infos = jax.jit(
+        lambda state, keys: jax.lax.scan(lambda s, k: algorithm.step(k, s), state, keys)
+    )(state, jax.random.split(jax.random.key(1), 20))
+    assert jnp.any(infos.is_accepted)
+    assert not jnp.any(infos.is_divergent)
+    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(last.position), strict=True):
+        assert jnp.all(jnp.isfinite(after))
+        assert jnp.any(before != after)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["mala", "fmala", "pc_line_fmala", "line_fmala, plane"])
+def test_half_precision_is_exact_as_far_as_it_is_precise(name, dtype):
+    """Rounding of a position moves it by a thousandth, far less than the Monte Carlo error."""
+    target = gaussian(2)
+    algorithm, step_size = ALGORITHMS[name]
+    algorithm = algorithm(target.logdensity_fn, step_size)
+    assert largest_z_of(jax.random.key(0), algorithm, target, 10_000, 6, dtype) < PASS
+
+
+def test_a_run_in_half_precision():
+    """The warm-up is in full; NumPy and ArviZ know no `bfloat16`, and get it in single."""
+    start = {"a": jnp.zeros(2, "float16"), "b": jnp.zeros((), "bfloat16")}
+    data = probbp.sample(
+        jax.random.key(0),
+        partial(probbp.mala, logdensity_fn),
+        start,
+        num_warmup=300,
+        num_samples=1000,
+        progress_bar=False,
+    )
+    assert {k: str(v.dtype) for k, v in data.posterior.data_vars.items()} == {
+        "a": "float16",
+        "b": "float32",
+    }
+    for name, draws in data.posterior.data_vars.items():
+        values = draws.values.astype(float)
+        assert abs(values.mean()) < 0.25, name
+        assert abs(values.std() - 1) < 0.2, name
+    assert np.all(np.isfinite(data.sample_stats["lp"].values.astype(float)))
+
+
+@pytest.mark.parametrize(
+    "leaf", [jnp.arange(2), jnp.array([True]), jnp.ones(2, complex), 3, np.int8(1)], ids=repr
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda position: probbp.mala(logdensity_fn, 0.1).init(position),
+        lambda position: probbp.pc_line_fmala(logdensity_fn, 0.1).init(position),
+        lambda position: probbp.warmup(
+            jax.random.key(0), partial(probbp.fmala, logdensity_fn), position, 5
+        ),
+        lambda position: probbp.sample(
+            jax.random.key(0), partial(probbp.fmala, logdensity_fn), position, progress_bar=False
+        ),
+        lambda position: forward()(logdensity_fn)(jax.random.key(0), position),
+    ],
+    ids=["mala", "pc_line_fmala", "warmup", "sample", "forward"],
+)
+def test_a_leaf_that_is_no_real_number_is_named(run, leaf):
+    with pytest.raises(TypeError, match=r"\['site'\]\[0\] has dtype (int|bool|complex)"):
+        run({"site": (leaf,), "x": jnp.ones(2)})
