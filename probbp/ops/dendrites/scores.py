@@ -26,7 +26,7 @@ def covariance(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = No
     """
     d, errors = _rows(d), _rows(errors)
     centred = errors - errors.mean(0)
-    return jnp.abs(jnp.mean(d * centred, 0)) / _floored(centred)
+    return jnp.abs(jnp.mean((d - d.mean(0)) * centred, 0)) / _floored(centred)
 
 
 def correlation(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = None) -> jax.Array:

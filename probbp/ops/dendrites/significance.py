@@ -25,6 +25,8 @@ def score_test(d: jax.Array, errors: jax.Array) -> tuple[jax.Array, jax.Array]:
         T (n,) and the p-values (n,). A dendrite that says nothing has T = 0.
     """
     each = contributions(d, errors)
+    largest = jnp.max(jnp.abs(each), 0)
+    each = each / jnp.where(largest > 0, largest, 1)  # whose squares are neither zero nor infinite
     spread = jnp.sum(each**2, 0)
     statistic = jnp.where(spread > 0, each.sum(0) ** 2 / jnp.where(spread > 0, spread, 1), 0.0)
     return statistic, jax.scipy.special.erfc(jnp.sqrt(statistic / 2))

@@ -40,8 +40,8 @@ class Reference(NamedTuple):
 def reference(activations: jax.Array, rank: int) -> Reference:
     r"""Fit the reference by maximum likelihood, in closed form (Tipping & Bishop, 1999, eq. 8).
 
-    Variances are not let fall below the dtype's epsilon times the average variance, so that
-    activations that are exactly of low rank have a likelihood.
+    Variances are not let fall below the dtype's epsilon times the average variance, nor to zero, so
+    that activations that are exactly of low rank, or constant, have a likelihood.
 
     Args:
         activations: (..., d): all axes but the last are examples.
@@ -71,7 +71,7 @@ def reference(activations: jax.Array, rank: int) -> Reference:
     mean = jnp.mean(rows, axis=0)
     centred = rows - mean
     variances, vectors = jnp.linalg.eigh(_matmul(centred.T, centred) / len(rows))
-    floor = jnp.finfo(variances.dtype).eps * jnp.mean(variances)
+    floor = _floor(jnp.mean(variances))
     variances, vectors = variances[::-1], vectors[:, ::-1]
     noise = jnp.maximum(jnp.mean(variances[rank:]), floor)
     return Reference(mean, vectors[:, :rank], jnp.maximum(variances[:rank], floor), noise)
@@ -141,7 +141,7 @@ def follow(seen: Reference, activations: jax.Array, decay: jax.Array | float = 0
     variances, basis = variances[::-1], _matmul(basis, turn)[:, ::-1]
     known = jnp.sum(seen.variances) + (size - rank) * seen.noise
     trace = decay * known + jnp.sum(batch**2)
-    floor = jnp.finfo(trace.dtype).eps * trace / size
+    floor = _floor(trace / size)
     noise = jnp.maximum((trace - jnp.sum(variances)) / (size - rank), floor)
     return Reference(seen.mean + (1 - decay) * move, basis, jnp.maximum(variances, floor), noise)
 
@@ -187,7 +187,9 @@ def p_value(seen: Reference, activations: jax.Array) -> jax.Array:
         >>> p_value(seen, jnp.stack([jnp.zeros(4), 6 * jnp.ones(4)])).round(2).tolist()
         [1.0, 0.0]
     """
-    return jax.scipy.stats.chi2.sf(mahalanobis(seen, activations), len(seen.mean))
+    distance = mahalanobis(seen, activations)
+    finite = jnp.minimum(distance, jnp.finfo(distance.dtype).max)  # of infinity it is NaN, not 0
+    return jax.scipy.stats.chi2.sf(finite, len(seen.mean))
 
 
 def log_likelihood(seen: Reference, activations: jax.Array) -> jax.Array:
@@ -277,6 +279,12 @@ def recolour(activations: jax.Array, seen: Reference, now: Reference) -> jax.Arr
     """
     whitened = _scale(now, activations - now.mean, -0.5)
     return seen.mean + _scale(seen, whitened, 0.5)
+
+
+def _floor(average: jax.Array) -> jax.Array:
+    """Return the least variance that a direction is given, beside the average of all."""
+    limits = jnp.finfo(average.dtype)
+    return jnp.maximum(limits.eps * average, limits.tiny)
 
 
 def _split(seen: Reference, activations: jax.Array) -> tuple[jax.Array, jax.Array]:
