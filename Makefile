@@ -12,9 +12,20 @@ papers     := $(wildcard examples/papers/[!_]*.py)
 # $(call run,scripts): run them one after the other, stop at the first that fails.
 run = @set -e; for script in $(1); do printf '\n== %s ==\n' "$$script"; $(python) "$$script"; done
 
+# Every module can be imported, and type checkers find that it is typed.
+define IMPORT_ALL
+import importlib, pathlib, pkgutil, probbp
+names = [m.name for m in pkgutil.walk_packages(probbp.__path__, "probbp.")]
+for name in names:
+    importlib.import_module(name)
+assert (pathlib.Path(probbp.__path__[0]) / "py.typed").exists()
+print(len(names), "modules from", probbp.__path__[0])
+endef
+export IMPORT_ALL
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint docs bench papers clean
+.PHONY: help demo test lint docs bench papers dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +56,17 @@ endif
 
 papers: $(VENV)/.installed-examples  ## run the longer reproductions
 	$(call run,$(papers))
+
+dist: $(VENV)/.installed-dev  ## build wheel and sdist, and import each from an environment of its own
+	rm -rf dist build/clean
+	$(python) -m build --outdir dist .
+	@set -e; for file in dist/*; do \
+	  printf '\n== %s ==\n' "$$file"; \
+	  $(PYTHON) -m venv build/clean; \
+	  build/clean/bin/pip install --quiet "$$file[models]"; \
+	  (cd build && clean/bin/python -I -c "$$IMPORT_ALL"); \
+	  rm -rf build/clean; \
+	done
 
 clean:  ## remove environments, caches and built packages
 	rm -rf $(VENV) .venv* build dist .pytest_cache .ruff_cache
