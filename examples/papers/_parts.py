@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from _evidence import over_seeds
 from tqdm import tqdm
 
 
@@ -21,3 +22,9 @@ def shown(values, digits=3) -> str:
     """Return mean and standard deviation."""
     values = np.asarray(values, float)
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def with_interval(values, digits=3) -> str:
+    """Return mean and half width of the 95 % interval."""
+    figure = over_seeds("", values)
+    return f"{figure.mean:.{digits}f} +- {figure.high - figure.mean:.{digits}f}"

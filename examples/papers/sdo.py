@@ -1,11 +1,11 @@
-"""Guiding a diffusion model through one step: the paper's claim, and exact posteriors, on digits.
+"""Guiding a diffusion model through one step: the paper's claim, on digits.
 
 Dou et al., 2025, arXiv:2505.07477, say that differentiating one step of a sampler is about 90 %
 cheaper than backpropagation through all, at as good a metric or a better one. The models here are
 small: scikit-learn's digits, a residual perceptron trained to predict their noise, 50 steps of DDIM
 on the linear schedule, and as metrics the distance of the upper half to a given digit's
 (in-painting) and the negative log probability of a given class under a logistic regression
-(guidance). Ten seeds.
+(guidance). Eight seeds. Posteriors are in `sdo_posteriors.py`.
 
 - latents: Adam on the noise of 16 samples a seed, one learning rate for all, from pure noise (the
   first step of training is 999) or from data noised halfway (499). `time` is that of a step over
@@ -17,44 +17,32 @@ on the linear schedule, and as metrics the distance of the upper half to a given
 - alignment: Adam on the network's parameters, so that samples are of one class. `denoising` is the
   loss that the network was trained for, afterwards: what alignment cost. "one for all" keeps one
   step for the whole batch.
-- posteriors: MALA on the noise; whatever the force, the accept step makes it exact. In two
-  dimensions the posterior is known (a Gaussian mixture's denoiser, quadrature over the noise): `z`
-  is the largest error of four moments in standard errors. In 64 it is that of a digit whose upper
-  half is seen, with the network for a prior. ESS is the median over a sample's dimensions, per
-  second that of the forces alone; R-hat is the largest. None of this is tuned.
-
 "gradient-free" moves along one random direction a step, by two more runs of the sampler.
 
     python examples/papers/sdo.py [--fast]
 
-About a quarter of an hour on two cores.
+Some eight minutes on two cores.
 """
 
-import argparse
 import sys
 import time
 from functools import partial
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _denoiser import DATA, DIGITS, FULL, NUM_STEPS, PATH, RECOMPUTED, trained
+from _evidence import below, median_of, over_seeds
+from _papers import SDO
+from _results import panels, parsed, parser, write
 from flax import nnx
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-import probbp
-from probbp.estimators import reverse, through
-from probbp.models import diffusion
 from probbp.ops import sdo
 
-NUM_STEPS, BATCH, RATE = 50, 16, 0.05
-DATA = load_digits()
-DIGITS = jnp.asarray(DATA.data / 8 - 1, jnp.float32)
-PATH = sdo.gaussian_path(np.cov(np.asarray(DIGITS).T))
-FULL, RECOMPUTED = {"keep_step": "all"}, {"keep_step": "all", "checkpoint": True}
+BATCH, RATE = 16, 0.05
 LATENTS = {
     "full": FULL,
     "full, checkpointed": RECOMPUTED,
@@ -77,33 +65,86 @@ PARAMETERS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="a smoke test; its figures are rough")
-    fast = parser.parse_args().fast
+    arguments = parsed(parser(__doc__))
+    fast = arguments.fast
     begin = time.perf_counter()
-    key_train, key_latents, key_align, key_mcmc = jax.random.split(jax.random.key(0), 4)
-    network = diffusion.train(
-        key_train,
-        diffusion.Denoiser((64,), width=128, rngs=nnx.Rngs(0)),
-        DIGITS,
-        sdo.linear(NUM_STEPS),
-        num_steps=100 if fast else 3000,
-        prediction="eps",
-        progress_bar=sys.stderr.isatty(),
-    ).network
-    seeds = jax.random.split(key_latents, 2 if fast else 10)
+    key_train, key_latents, key_align = jax.random.split(jax.random.key(0), 3)
+    network = trained(key_train, fast)
+    seeds = jax.random.split(key_latents, 3 if fast else 8)
     num_moves = 2 if fast else 40
+    found = {}
     for title, metric, start, has_prior in (
         ("in-painting from pure noise", inpainting, 999, False),
         ("guidance from pure noise", guidance, 999, False),
         ("guidance from halfway", guidance, 499, False),
         ("in-painting from pure noise, with the prior", inpainting, 999, True),
     )[: 1 if fast else 4]:
-        latents(title, network, metric, start, has_prior, seeds, num_moves)
-    alignment(network, jax.random.split(key_align, 2 if fast else 10), num_moves)
-    two_dimensions(key_mcmc, 200 if fast else 4000, 2 if fast else 6)
-    many_dimensions(key_mcmc, network, 20 if fast else 2000, 2 if fast else 7)
+        found[title] = latents(title, network, metric, start, has_prior, seeds, num_moves, fast)
+    seeds = jax.random.split(key_align, len(seeds))
+    found["alignment to one class"] = alignment(network, seeds, num_moves, fast)
     print(f"\n{time.perf_counter() - begin:.0f} seconds, JAX {jax.__version__}")
+
+    kept = {title: "first (the paper)" for title in found} | {"alignment to one class": "random"}
+    first = next(iter(found))
+    figure, axes = panels(2)
+    draw(axes[0], found, kept)
+    draw_trade(axes[1], first, found[first])
+    write(
+        arguments,
+        paper=SDO,
+        claim="Differentiating one step of a diffusion sampler in the place of all is some 90 % "
+        "cheaper, at as good a metric or a better one.",
+        setting=f"Digits, a small denoiser, {NUM_STEPS} steps of DDIM, Adam on latents or on the "
+        f"network's parameters, {num_moves} steps; {len(seeds)} seeds. The figure: {first}.",
+        ours=over_seeds("metric, one step", found[first]["timed"][kept[first]]),
+        baseline=over_seeds("all steps, in equal time", found[first]["timed"]["full"]),
+        checks=[
+            check
+            for title, each in found.items()
+            for check in (
+                below(
+                    f"the gradient costs a tenth at most: {title}",
+                    median_of(
+                        "time that it adds to the sampler, over what full backpropagation adds",
+                        each["extra"][kept[title]],
+                    ),
+                    0.1,
+                ),
+                below(
+                    f"in as many steps as good within a tenth, or better: {title}",
+                    over_seeds(
+                        "log of the metric over that of full backpropagation, paired",
+                        np.log(each["final"][kept[title]] / each["final"]["full"]),
+                    ),
+                    np.log(1.1),
+                ),
+            )
+        ],
+        figure=figure,
+        caption="Left: the metric after as many steps, one step differentiated over all, with 95 % "
+        f"intervals; right of the dotted line it is worse. Right: {first}, metric and time of all "
+        "ways to differentiate.",
+    )
+
+
+def draw(ax, found, kept):
+    figures = [
+        over_seeds("", np.log10(each["final"][kept[title]] / each["final"]["full"]))
+        for title, each in found.items()
+    ]
+    means = np.array([figure.mean for figure in figures])
+    ax.errorbar(means, range(len(means)), xerr=means - [f.low for f in figures], fmt="o")
+    ax.axvline(0.0, color="grey", linestyle=":")
+    ax.set_yticks(range(len(means)), [t.replace(" from", "\nfrom") for t in found], fontsize=7)
+    ax.set(xlabel="log10 of the metric over full's", title="One step against all")
+    ax.invert_yaxis()
+
+
+def draw_trade(ax, title, found):
+    for arm, values in found["final"].items():
+        ax.loglog(np.median(found["time"][arm]), values.mean(), "o", label=arm)
+    ax.set(xlabel="time of a step, over full", ylabel="metric", title=title)
+    ax.legend(fontsize=7)
 
 
 def classifier():
@@ -135,7 +176,7 @@ def one_direction(fun, z, rng_key, *, size=1e-2):
 # Noise and parameters, optimised.
 
 
-def latents(title, network, metric, start, has_prior, seeds, num_moves):
+def latents(title, network, metric, start, has_prior, seeds, num_moves, fast):
     schedule = sdo.linear(NUM_STEPS, start=start)
     graph, params = nnx.split(network)
 
@@ -191,10 +232,11 @@ def latents(title, network, metric, start, has_prior, seeds, num_moves):
         move = lambda i, z: z + 1e-9 * objective(z, target, params, rng_key, FULL)[:, None]  # noqa: E731
         return jax.lax.fori_loop(0, num, move, z)
 
-    compare(title, LATENTS, moves, sampler, params, seeds, num_moves, "|z|/sqrt d")
+    arms = list(LATENTS)[: 3 if fast else None]
+    return compare(title, arms, moves, sampler, params, seeds, num_moves, "|z|/sqrt d")
 
 
-def alignment(network, seeds, num_moves):
+def alignment(network, seeds, num_moves, fast):
     schedule = sdo.linear(NUM_STEPS)
     graph, start = nnx.split(network)
     target = {"class": jax.nn.one_hot(jnp.full(BATCH, 3), 10)}
@@ -259,14 +301,15 @@ def alignment(network, seeds, num_moves):
 
     print(f"\ndenoising loss before alignment {denoising(start):.3f}")
     title = "alignment to one class"
-    compare(title, PARAMETERS, moves, sampler, start, seeds, num_moves, "denoising")
+    arms = ("full", "random") if fast else tuple(PARAMETERS)
+    return compare(title, arms, moves, sampler, start, seeds, num_moves, "denoising")
 
 
 def compare(title, arms, moves, sampler, params, seeds, num_moves, last_column):
     """Run all arms over the seeds, at equal steps and at equal time, and print a table."""
     bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
     num = jnp.int32(num_moves)
-    runs = {arm: moves(arm) for arm in ("full", *arms)}
+    runs = {arm: moves(arm) for arm in arms}
     jax.block_until_ready([run(seeds[0], jnp.int32(1), params) for run in runs.values()])
     sampler(seeds[0], jnp.int32(1), params)
     results = {arm: [] for arm in arms}
@@ -281,7 +324,9 @@ def compare(title, arms, moves, sampler, params, seeds, num_moves, last_column):
                 results[arm].append(result)
     full_time = seconds[:, 1:2]
     ratios = np.median(seconds / full_time, axis=0)
-    extra = np.median((seconds - seconds[:, :1]) / (full_time - seconds[:, :1]), axis=0)
+    each_extra = (seconds - seconds[:, :1]) / (full_time - seconds[:, :1])
+    extra = np.median(each_extra, axis=0)
+    found = {"final": {}, "timed": {}, "extra": {}, "time": {}}
     print(
         f"\n{title}; a step of full {1e3 * np.median(full_time) / num_moves:.1f} ms\n{'':26s}"
         f"{'time':>7s}{'extra':>7s}{'equal steps':>13s}{'- full':>20s}{'equal time':>13s}"
@@ -296,129 +341,18 @@ def compare(title, arms, moves, sampler, params, seeds, num_moves, last_column):
         if a > 1:
             in_time = jnp.int32(max(num_moves / ratios[a], 1))
             timed = np.array([run(seed, in_time, params)[0] for seed in seeds])
+        found["final"][arm], found["timed"][arm] = final, timed
+        found["extra"][arm], found["time"][arm] = each_extra[:, a], (seconds / full_time)[:, a]
         cells = "".join(
             f"{x.mean():13.4g}{f'{(x - full).mean():.2g} +- {error(x - full):.1g}':>20s}"
             for x in (final, timed)
         )
         tqdm.write(f"{arm:26s}{ratios[a]:7.2f}{extra[a]:7.2f}{cells}{last:12.3g}")
+    return found
 
 
 def error(x):
     return x.std(ddof=1) / len(x) ** 0.5
-
-
-# ---------------------------------------------------------------------------------------
-# Posteriors.
-
-UNIT = optax.normalize_by_update_norm
-
-
-def two_dimensions(rng_key, num_samples, num_forces):
-    schedule = sdo.linear(20)
-    data = diffusion.mixture([0.4, 0.6], [[-1.0, 0.5], [1.0, -0.5]], [[0.3, 0.1], [0.1, 0.2]])
-    denoiser = diffusion.mixture_denoiser(data, schedule)
-    matrix, y, scale = jnp.array([[1.0, 0.5]]), jnp.array([0.4]), 0.4
-    covariance = np.cov(np.asarray(data.sample(rng_key, (100_000,))).T)
-    path = sdo.gaussian_path(covariance)
-
-    def sampled(z):
-        return sdo.sample(denoiser, z, schedule)
-
-    grid = jnp.linspace(-7, 7, 281)
-    z = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
-    x = sampled(z)
-    misfit = jnp.sum((x @ matrix.T - y) ** 2, axis=1) / (2 * scale**2)
-    known = jax.nn.softmax(-misfit - jnp.sum(z**2, axis=1) / 2) @ jnp.concatenate([x, x**2], axis=1)
-
-    def logdensity_fn(z, **options):
-        x = sdo.sample(denoiser, z[None], schedule, **options)[0]
-        return -jnp.sum((matrix @ x - y) ** 2) / (2 * scale**2) - jnp.sum(z**2) / 2
-
-    forces = {
-        "full": (FULL, None),
-        "first, raw": ({}, None),
-        "first, unit length": ({}, UNIT(scale_factor=2.0)),
-        "first, Gaussian path": ({"surrogate": path}, None),
-        "last 5, Gaussian path": ({"surrogate": path, "keep_step": sdo.Last(5)}, None),
-        "none": (FULL, optax.scale(0.0)),
-    }
-    print("\nposterior in 2 dimensions, 8 chains")
-    posterior(rng_key, forces, num_forces, logdensity_fn, sampled, 2, num_samples, known)
-
-
-def many_dimensions(rng_key, network, num_samples, num_forces):
-    schedule = sdo.linear(NUM_STEPS)
-    y = DIGITS[0, :32]
-
-    def sampled(z):
-        return sdo.sample(network, z, schedule)
-
-    def logdensity_fn(z, **options):
-        x = sdo.sample(network, z[None], schedule, **options)[0]
-        return -jnp.sum((x[:32] - y) ** 2) / (2 * 0.3**2) - jnp.sum(z**2) / 2
-
-    forces = {
-        "full": (FULL, None),
-        "full, checkpointed": (RECOMPUTED, None),
-        "last 25, Gaussian path": ({"surrogate": PATH, "keep_step": sdo.Last(25)}, None),
-        "last 12, Gaussian path": ({"surrogate": PATH, "keep_step": sdo.Last(12)}, None),
-        "first, Gaussian path": ({"surrogate": PATH}, None),
-        "first, unit length": ({}, UNIT(scale_factor=8.0)),
-        "none": (FULL, optax.scale(0.0)),
-    }
-    print("\nposterior in 64 dimensions, 32 observed, 8 chains")
-    posterior(rng_key, forces, num_forces, logdensity_fn, sampled, 64, num_samples, None)
-
-
-def posterior(rng_key, forces, num_forces, logdensity_fn, sampled, dim, num_samples, known):
-    print(
-        f"{'force':26s}{'accepted':>9s}{'step':>9s}{'ESS':>8s}{'/1000 grads':>12s}{'ms':>8s}"
-        f"{'ESS / s':>9s}{'R-hat':>8s}{'z':>6s}",
-        flush=True,
-    )
-    for name, (options, transformation) in list(forces.items())[:num_forces]:
-        estimator = None if transformation is None else through(transformation, reverse())
-        density = partial(logdensity_fn, **options)
-        data = probbp.sample(
-            rng_key,
-            partial(probbp.mala, density, estimator=estimator),
-            jnp.zeros(dim),
-            num_warmup=max(num_samples // 3, 40),
-            num_samples=num_samples,
-            num_chains=8,
-            postprocess_fn=lambda z: {"x": sampled(z[None])[0]},
-            progress_bar=sys.stderr.isatty(),
-        )
-        # Milliseconds of eight chains' forces; no force takes the density alone.
-        force = jax.vmap(density if name == "none" else jax.value_and_grad(density))
-        seconds = duration(jax.jit(force), jax.random.normal(rng_key, (8, dim)))
-        x = np.asarray(data.posterior["x"])
-        ess, r_hat = (np.asarray(f(data)["x"]) for f in (az.ess, az.rhat))
-        z = ""
-        if known is not None:
-            draws = np.concatenate([x, x**2], axis=-1)
-            sizes = np.asarray(az.ess(az.convert_to_dataset({"d": draws}), method="mean")["d"])
-            z = np.abs(draws.mean((0, 1)) - known) / (draws.std((0, 1)) / sizes**0.5)
-            z = f"{z.max():6.1f}"
-        stats = data.sample_stats
-        print(
-            f"{name:26s}{float(stats['acceptance_rate'].mean()):9.2f}"
-            f"{float(stats['step_size'].mean()):9.2g}{np.median(ess):8.0f}"
-            f"{np.median(ess) / (8 * num_samples) * 1000:12.1f}{1e3 * seconds:8.2f}"
-            f"{np.median(ess) / num_samples / seconds:9.1f}{r_hat.max():8.3f}{z}",
-            flush=True,
-        )
-
-
-def duration(call, *args, num=25):
-    """Return the median seconds of a call."""
-    jax.block_until_ready(call(*args))
-    seconds = []
-    for _ in range(num):
-        begin = time.perf_counter()
-        jax.block_until_ready(call(*args))
-        seconds.append(time.perf_counter() - begin)
-    return np.median(seconds)
 
 
 if __name__ == "__main__":

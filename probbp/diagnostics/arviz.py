@@ -92,12 +92,12 @@ def from_blackjax(
                 f"{name!r} has shape {value.shape}, but needs leading axes (chain, draw) = {shape}."
                 " Stack the chains with jax.vmap; give a single chain a first axis of one."
             )
-    groups = {"posterior": posterior, "sample_stats": statistics}
+    groups: dict[str, Any] = {"posterior": posterior, "sample_stats": statistics}
     groups = {name: variables for name, variables in groups.items() if variables}
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict(groups, coords=coords, dims=dims)
-    with warnings.catch_warnings():  # ArviZ 0.23 takes many short chains for a mistake in the axes
-        warnings.filterwarnings("ignore", "More chains")
+    with warnings.catch_warnings():  # ArviZ takes many short chains for a mistake in the axes
+        warnings.filterwarnings("ignore", "More chains|Found chain dimension")
+        if int(arviz.__version__.split(".")[0]) >= 1:
+            return arviz.from_dict(groups, coords=coords, dims=dims)
         return arviz.from_dict(**groups, coords=coords, dims=dims)
 
 

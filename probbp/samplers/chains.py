@@ -60,6 +60,9 @@ def sample(
     from its checkpoint, and to rounding on another number of devices, since XLA may add in another
     order.
 
+    A call that comes to the very programs of the call before, another key aside, compiles nothing;
+    data are compared to the last bit. Until the next call these programs hold what they close over.
+
     With a checkpoint the state is saved each time the run comes back to the host, and the draws are
     on disk as well. The same call, made again after whatever stopped the run, goes on where it
     stood. A process that is killed at any moment leaves the folder whole; against a power failure
@@ -190,13 +193,14 @@ def sample(
         lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype),
         jax.eval_shape(program.draw, *draw_args)[1],
     )
-    warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
     described = {
         "the program of the start": (program.init, (starts, position)),
-        "the program of the warm-up": (program.warm_up, warmup_args),
         "the program of the draws": (program.draw, draw_args),
         "postprocess_fn": (postprocess, (blank.position,)),
     }
+    if num_warmup:
+        warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
+        described["the program of the warm-up"] = (program.warm_up, warmup_args)
     if mesh is None:
         program, init_keys, warmup_keys, sample_keys, postprocess = latest(
             (num_chains, num_warmup, warmup_chunk, num_keys, chunk),
