@@ -6,6 +6,7 @@ where there is one: exactly that. An estimate of the gradient that is no number 
 
 from functools import partial
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,9 +178,9 @@ IMPROPER = {
 @pytest.mark.parametrize("name", ["mala", "pc_line_fmala"])
 @pytest.mark.parametrize("target", IMPROPER)
 def test_what_is_no_density_ends_in_finite_draws_and_is_told(target, name):
-    data, distance = run(name, IMPROPER[target], {"x": jnp.ones(2)})
+    data, _ = run(name, IMPROPER[target], {"x": jnp.ones(2)})
     diverging = data.sample_stats["diverging"].values.mean()
-    assert distance > 0.5 or diverging > 0.1
+    assert diverging > 0.1 or az.rhat(data)["x"].values.max() > 1.1
 
 
 def test_a_parameter_that_is_all_but_constant_is_learnt():

@@ -1,4 +1,4 @@
-"""Posteriors under a diffusion prior by gradients of one step: exact whatever the force, and how fast.
+"""Posteriors under a diffusion prior by gradients of one step: exact with any force, and how fast.
 
 Dou et al., 2025, arXiv:2505.07477, differentiate one step of a sampler in the place of all
 (`sdo.py`). Here such a gradient is the force of MALA on the noise; whatever the force, the accept
@@ -97,8 +97,8 @@ def main():
             ),
         ],
         figure=figure,
-        caption="Effective draws a second of forces, by what of the sampler is differentiated, mean "
-        "over eight chains with 95 % intervals.",
+        caption="Effective draws a second of forces, by what of the sampler is differentiated: "
+        "mean over eight chains, 95 % intervals.",
     )
 
 

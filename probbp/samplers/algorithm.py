@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from blackjax import GenerateSamplingAPI
+from blackjax.base import SamplingAlgorithm
 
 
 @dataclasses.dataclass
@@ -24,6 +25,25 @@ class Algorithm(GenerateSamplingAPI):
     def __post_init__(self) -> None:
         """Show the docstring of the algorithm, not of this class."""
         self.__doc__ = self.differentiable.__doc__
+
+    def __call__(self, *args: Any, **options: Any) -> SamplingAlgorithm:
+        """Bind the algorithm to a log density.
+
+        Raises:
+            TypeError: for an option that it does not have.
+        """
+        known = list(inspect.signature(self.differentiable).parameters)
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            hint = (
+                " Of the algorithms here probbp.mala alone takes an estimator; the others make "
+                "their own estimate, along their tangents."
+            )
+            raise TypeError(
+                f"This algorithm has no option {unknown[0]!r}: it takes {', '.join(known)}."
+                + (hint if "estimator" in unknown else "")
+            )
+        return self.differentiable(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
         """Show the signature of the algorithm; it is not stored, as it can't be pickled."""

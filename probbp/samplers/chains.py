@@ -107,8 +107,7 @@ def sample(
 
     Returns:
         ArviZ's object, with `posterior` (chain, draw, ...) and in `sample_stats` the acceptance
-        rate, step size, log density `lp` and `diverging` (NaN or
-            infinity at a proposal).
+        rate, step size, log density `lp` and `diverging` (NaN or infinity at a proposal).
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
