@@ -7,7 +7,6 @@ DATA   ?=
 
 python     := $(VENV)/bin/python
 benchmarks := $(filter-out %/posteriordb.py,$(wildcard tests/benchmarks/[!_]*.py))
-papers     := $(wildcard examples/papers/[!_]*.py)
 
 # $(call run,scripts): run them one after the other, stop at the first that fails.
 run = @set -e; for script in $(1); do printf '\n== %s ==\n' "$$script"; $(python) "$$script"; done
@@ -54,8 +53,8 @@ else
 	@$(python) tests/benchmarks/posteriordb.py --data '$(DATA)'
 endif
 
-papers: $(VENV)/.installed-examples  ## run the longer reproductions
-	$(call run,$(papers))
+papers: $(VENV)/.installed-examples  ## run the reproductions that are due; ARGS='--fresh' for all
+	$(python) examples/papers $(ARGS)
 
 dist: $(VENV)/.installed-dev  ## build wheel and sdist, and import each from an environment of its own
 	rm -rf dist build/clean

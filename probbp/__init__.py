@@ -3,6 +3,8 @@
 A gradient is an estimate, and inference should be free to choose it.
 """
 
+from importlib.metadata import version
+
 from probbp import estimators
 from probbp.samplers.adaptation import warmup
 from probbp.samplers.chains import sample
@@ -10,6 +12,8 @@ from probbp.samplers.fmala import fmala, pc_fmala
 from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
 from probbp.samplers.mala import mala
 from probbp.samplers.scan import checkpointed_scan
+
+__version__ = version("probbp")
 
 __all__ = [
     "checkpointed_scan",

@@ -1,11 +1,15 @@
 """Who may import whom, read from the sources."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import probbp
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +81,22 @@ def test_imports(path):
 
 def test_every_room_is_in_the_table():
     assert {room_of(path) for path in FILES} - {"__init__"} <= set(ALLOWED)
+
+
+def test_one_idea_a_file():
+    """Four hundred lines are enough for it; a test file may hold more laws of its room."""
+    examples = (ROOT / "examples").rglob("*.py")
+    lengths = {path: len(path.read_text().splitlines()) for path in (*FILES, *examples)}
+    long = {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 400}
+    assert not long
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert probbp.__version__ == project["version"]
+    mentions = re.compile(rf"(?<![\d.]){re.escape(project['version'])}(?![\d.])")
+    others = [path for path in (*FILES, ROOT / "CITATION.cff") if mentions.search(path.read_text())]
+    assert not others
 
 
 def test_the_shop_window_is_light():

@@ -13,7 +13,7 @@ from jax.scipy.stats import norm
 from scipy import stats
 
 import probbp
-from probbp.diagnostics.sbc import (
+from probbp.diagnostics import (
     RankStatistics,
     numpyro_simulator,
     plot_ranks,

@@ -19,11 +19,9 @@ from probbp.models.blob.model import (
     bayesian_lora,
     categorical,
     kl,
-    merge,
-    predict,
     svi,
-    to_arviz,
 )
+from probbp.models.blob.prediction import merge, predict, to_arviz
 from probbp.models.blob.rule import AlternatingState, alternating, rescaled_cycle
 
 __all__ = [

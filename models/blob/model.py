@@ -1,4 +1,4 @@
-"""A pretrained network with a distribution over its low-rank update: model, guide, prediction."""
+"""A pretrained network with a distribution over its low-rank update: model, guide, SVI."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,13 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.handlers import lift
 from numpyro.handlers import scale as scaled
-from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from numpyro.infer import SVI, TraceMeanField_ELBO
 
 from probbp.models import lora as low_rank
 from probbp.models.blob.divergence import divergence, std
@@ -327,99 +325,6 @@ def svi(
     return SVI(mean_loss(lora.model), mean_loss(lora.guide), transformation, TraceMeanField_ELBO())
 
 
-def predict(
-    lora: BayesianLora,
-    rng_key: jax.Array,
-    params: Mapping[str, jax.Array],
-    base: Any,
-    *inputs: Any,
-    num_samples: int = 10,
-    noise: Noise = "shared",
-) -> Any:
-    """Return the network's output for draws of A from the posterior.
-
-    The prediction is the mean of their softmax. NumPyro's `Predictive` draws one after the other,
-    in the memory of one forward pass. With shared noise a draw is one function of all inputs, as
-    quantities of several of them want it (mutual information, joint densities); the other two are
-    right for each input alone.
-
-    Args:
-        lora: from `bayesian_lora`.
-        rng_key: a key.
-        params: of SVI; with `w_B_g` beside `w_B`, as `probbp.models.ivon.posterior` gives it, B is
-            drawn as well, one for all examples.
-        base: the network's parameters.
-        inputs: as the network takes them.
-        num_samples: draws; 0 for the posterior's mean, A = M, in the place of a draw.
-        noise: as in `bayesian_lora`.
-
-    Returns:
-        Logits (num_samples, batch, ...), and (1, batch, ...) for the mean.
-    """
-    if num_samples < 0:
-        raise ValueError(f"num_samples must not be negative, got {num_samples}.")
-    if num_samples == 0:
-        logits = lora.apply(base, _factors(lora, params), *inputs)
-        return jax.tree.map(lambda leaf: leaf[None], logits)
-    random = {
-        f"{name}_B": dist.Normal(params[f"{name}_B"], std(params[f"{name}_B_g"])).to_event()
-        for name in lora.layouts
-        if f"{name}_B_g" in params
-    }
-    predictive = Predictive(
-        lift(partial(lora.model, noise=noise), random),
-        guide=lora.guide,
-        params={name: leaf for name, leaf in params.items() if name not in random},
-        num_samples=num_samples,
-        return_sites=["logits"],
-    )
-    return predictive(rng_key, base, *inputs)["logits"]
-
-
-def to_arviz(draws: Mapping[str, Any], observed: Mapping[str, Any] | None = None) -> Any:
-    """Turn draws of `Predictive` into ArviZ's object, one chain.
-
-    Args:
-        draws: sites with the draws on the first axis: `logits`, `y`.
-        observed: data under the names of their sites.
-
-    Returns:
-        An `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with
-        `posterior_predictive` and, where given, `observed_data`.
-    """
-    import arviz
-
-    groups: dict[str, Any] = {
-        "posterior_predictive": {name: np.asarray(draw)[None] for name, draw in draws.items()}
-    }
-    if observed:
-        groups["observed_data"] = {name: np.asarray(value) for name, value in observed.items()}
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict(groups)
-    return arviz.from_dict(**groups)
-
-
-def merge(
-    lora: BayesianLora,
-    params: Mapping[str, jax.Array],
-    base: Any,
-    sample: Mapping[str, jax.Array] | None = None,
-) -> Any:
-    """Return the network's parameters with the update added, dense: for export, without this file.
-
-    Args:
-        lora: from `bayesian_lora`.
-        params: of SVI.
-        base: the network's parameters.
-        sample: one draw of the sites `w_A`, and `w_B` where B is random; the posterior's mean by
-            default.
-
-    Returns:
-        A pytree like `base`, in its dtypes.
-    """
-    return low_rank.merge(base, lora.layouts, _factors(lora, params, sample), lora.scale)
-
-
 def _check_noise(noise):
     if noise not in ("flipout", "independent", "shared"):
         raise ValueError(f"noise must be 'flipout', 'independent' or 'shared', got {noise!r}.")
@@ -491,14 +396,3 @@ def _each_example(apply, base, factors, axes, inputs):
         return jax.tree.map(lambda leaf: leaf[0], out)
 
     return jax.vmap(one, in_axes=(axes, 0))(factors, inputs)
-
-
-def _factors(lora, params, sample=None):
-    sample = {} if sample is None else sample
-    return {
-        name: Factors(
-            sample.get(f"{name}_A", params[f"{name}_loc"]),
-            sample.get(f"{name}_B", params[f"{name}_B"]),
-        )
-        for name in lora.layouts
-    }

@@ -8,11 +8,12 @@ from probbp.diagnostics.calibration import (
     reliability_diagram,
 )
 from probbp.diagnostics.gradient_plot import plot_gradient_quality
-from probbp.diagnostics.gradients import GradientQuality, gradient_quality
+from probbp.diagnostics.gradients import gradient_quality
+from probbp.diagnostics.quality import GradientQuality
+from probbp.diagnostics.rank_plot import plot_ranks
 from probbp.diagnostics.sbc import (
     RankStatistics,
     numpyro_simulator,
-    plot_ranks,
     simulation_based_calibration,
     uniformity,
 )

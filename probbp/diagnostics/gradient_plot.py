@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from probbp.diagnostics.gradients import GradientQuality
+from probbp.diagnostics.quality import GradientQuality
 
 
 def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQuality], ax=None) -> Any:
