@@ -301,8 +301,8 @@ def physics_vae(
             together = gradient_reversal(jnp.concatenate(list(z.values()), -1), strength)
             residual = residual_net(together)
             if z_ref is not None:
-                residual = residual - residual_net(gradient_reversal(z_ref, strength))
-            residual = overall * residual
+                residual -= residual_net(gradient_reversal(z_ref, strength))
+            residual *= overall
             numpyro.deterministic("physics", response)
             numpyro.deterministic("residual", residual)
             prediction = numpyro.deterministic("prediction", response + residual)
@@ -381,9 +381,8 @@ def physics_vae(
         with substitute(data=dict(params)):
             return labels[name].likelihood(net(f"head_{name}")(z))
 
-    return PhysicsVAE(
-        model, amortised, encode, predict_label, dict(priors), labels, latents, num_outputs
-    )
+    parts = (model, amortised, encode, predict_label)
+    return PhysicsVAE(*parts, dict(priors), labels, latents, num_outputs)
 
 
 def _networks(sizes, networks, rngs, dtype):
