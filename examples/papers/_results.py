@@ -151,13 +151,14 @@ def commit() -> str | None:
 
 
 def digest(script: Path) -> str:
-    """Return a hash of a script and of the files beside it that it imports."""
+    """Return a hash of a script and of what it imports from here, all but their docstrings."""
     seen, waiting = {}, [script]
     while waiting:
         path = waiting.pop()
         source = path.read_text()
-        seen[path.name] = source
-        for node in ast.walk(ast.parse(source)):
+        tree = ast.parse(source)
+        seen[path.name] = source.replace(ast.get_docstring(tree, clean=False) or "", "", 1)
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
