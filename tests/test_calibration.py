@@ -211,7 +211,7 @@ def test_bad_input(name):
 
 def test_bad_options():
     with pytest.raises(ValueError, match="width"):
-        expected_calibration_error(GOOD, np.array([0, 1]), bins="wide")  # pyright: ignore
+        expected_calibration_error(GOOD, np.array([0, 1]), bins="wide")  # pyright: ignore (what is wrong is tested)
     with pytest.raises(ValueError, match="positive"):
         expected_calibration_error(GOOD, np.array([0, 1]), num_bins=0)
 

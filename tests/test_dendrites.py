@@ -151,7 +151,7 @@ def test_the_switches_cut_what_they_say_and_no_more(freeze, perforate):
 
 def test_uncut_it_is_the_true_gradient():
     there = branches(5, 2, 4, 3)
-    fun = lambda x, kernel, there: ops.dense(  # noqa: E731
+    fun = lambda x, kernel, there: ops.dense(
         x, kernel, B, there._replace(mask=jax.lax.stop_gradient(there.mask))
     )
     fixed = there.mask

@@ -190,7 +190,10 @@ def test_the_mode_of_the_posterior_is_where_its_slope_is_zero():
     def nll(w, batch):
         return jnp.sum(optax.sigmoid_binary_cross_entropy(batch[0] @ w, batch[1]))
 
-    solve = jax.jit(partial(posterior_mode, nll, vectors=VECTORS, num_products=6), static_argnames=("num_steps",))  # fmt: skip  # noqa: E501
+    solve = jax.jit(
+        partial(posterior_mode, nll, vectors=VECTORS, num_products=6),
+        static_argnames=("num_steps",),
+    )
     mode = solve(START, (x, y), rates=RATES, num_steps=7)
     slope = jax.grad(nll)(mode, (x, y)) + jnp.linalg.solve(DENSE, mode - START)
     np.testing.assert_allclose(slope, 0, atol=1e-9)

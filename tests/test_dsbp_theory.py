@@ -102,7 +102,7 @@ def test_descent_follows_the_flow_at_the_stated_order(name):
 
     def error(num_steps):
         eta = span / num_steps
-        step = lambda _, w: w - eta * P @ grad_fn(w)  # noqa: E731
+        step = lambda _, w: w - eta * P @ grad_fn(w)
         end = jax.lax.fori_loop(0, num_steps, step, START)
         ours = partial(modified_equation, loss_fn, eta, project=lambda g: P @ g, **options)
         return [
@@ -267,7 +267,7 @@ def test_laplace_takes_the_curvature_within_the_subspace():
 
     @jax.jit
     def fitted(z):
-        quadratic = lambda w: ravel_pytree(w)[0] @ hessian @ ravel_pytree(w)[0] / 2  # noqa: E731
+        quadratic = lambda w: ravel_pytree(w)[0] @ hessian @ ravel_pytree(w)[0] / 2
         return laplace(quadratic, line, z, num_rows=20)
 
     _, axes, variances = map(np.asarray, fitted(z))
@@ -322,7 +322,7 @@ def certified(key, basis_of, scale=1.0):
         return jnp.mean(jax.nn.softplus(-3 * y * (x @ w)))
 
     dim, n = line.vectors.shape[1], 4 * NUM
-    objective = lambda z: n * smooth(embed(line, z)) + jnp.sum(z**2) / (2 * scale**2)  # noqa: E731
+    objective = lambda z: n * smooth(embed(line, z)) + jnp.sum(z**2) / (2 * scale**2)
     mean = jnp.zeros(dim)
     for _ in range(5):  # Newton's method
         mean -= jnp.linalg.solve(jax.hessian(objective)(mean), jax.grad(objective)(mean))
@@ -362,7 +362,7 @@ def test_so_few_draws_are_made_up_for():
     level = stats.norm.ppf(0.3)
 
     def one(key):
-        losses = lambda w, rows: jnp.full(rows.shape, w[0] < level).astype(float)  # noqa: E731
+        losses = lambda w, rows: jnp.full(rows.shape, w[0] < level).astype(float)
         return certificate(
             key, losses, plane, posterior, jnp.zeros(3), range(3), delta_draws=0.2, num_draws=20
         )

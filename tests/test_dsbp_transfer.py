@@ -212,7 +212,7 @@ def test_with_all_directions_the_second_task_has_the_posterior_of_both():
             return -log_density(model, (prior,), {}, site)[0]
 
         (name, value), *_ = site.items()
-        at = lambda value: potential({name: value})  # noqa: E731
+        at = lambda value: potential({name: value})
         return *jax.value_and_grad(at)(value), jax.hessian(at)(value)
 
     # Sites that are the weights, and a factor.

@@ -246,7 +246,7 @@ def test_on_digits_it_loses_less_than_plain_truncation_out_of_sample():
 
         def step(carry, _):
             params, state = carry
-            loss = lambda p: optax.softmax_cross_entropy(logits(p, x[train]), y[train]).mean()  # noqa: E731
+            loss = lambda p: optax.softmax_cross_entropy(logits(p, x[train]), y[train]).mean()
             updates, state = optimiser.update(jax.grad(loss)(params), state)
             return (optax.apply_updates(params, updates), state), None
 

@@ -105,7 +105,7 @@ def test_with_the_kernel_for_feedback_it_is_backpropagation_to_any_order(product
         grad = jax.grad(partial(loss, fun), (0, 1))
         _, tangent = jax.jvp(partial(loss, fun), (x, w), direction)
         _, second = jax.jvp(grad, (x, w), direction)  # forward over reverse
-        slope = lambda x, w: jax.jvp(partial(loss, fun), (x, w), direction)[1]  # noqa: E731
+        slope = lambda x, w: jax.jvp(partial(loss, fun), (x, w), direction)[1]
         return fun(x, w), grad(x, w), tangent, second, jax.grad(slope, (0, 1))(x, w)
 
     direction = jax.tree.map(jnp.cos, (product.x, product.w))
@@ -172,7 +172,7 @@ def test_what_the_product_closes_over_keeps_its_gradient():
     @partial(jax.jit, static_argnums=0)
     def grad(layer, scale, mask):
         def loss(scale):
-            op = lambda x, w: scale * (x @ jnp.where(mask, w, 0)) + scale**2  # noqa: E731
+            op = lambda x, w: scale * (x @ jnp.where(mask, w, 0)) + scale**2
             return jnp.sum(jnp.sin(layer(op, x, w)))
 
         return jax.grad(loss)(scale)
@@ -361,9 +361,7 @@ def test_layers_of_direct_feedback_do_not_wait_for_each_other():
 
     def spiking(params):
         first, *rest = layers_of(params)
-        loop = lambda h: jax.lax.while_loop(  # noqa: E731
-            lambda h: jnp.max(jnp.abs(h)) > 0.5, lambda h: h / 2, h
-        )
+        loop = lambda h: jax.lax.while_loop(lambda h: jnp.max(jnp.abs(h)) > 0.5, lambda h: h / 2, h)
         layers = [first, lambda h: rest[0](loop(h)), rest[1]]
         return feedback.direct(partial(cross_entropy, labels), layers, x, weights)
 

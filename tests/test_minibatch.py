@@ -252,7 +252,7 @@ def test_the_test_of_exactness_sees_a_mini_batch_in_the_accept_ratio():
     with pytest.raises(ValueError, match="depends on its random key"):
         probbp.mala(noisy, 0.02).init(parts.position)
     kernel = probbp.mala.build_kernel()
-    step = lambda key, state: kernel(key, state, noisy, 0.02)  # noqa: E731
+    step = lambda key, state: kernel(key, state, noisy, 0.02)
     first = CENTRE + jax.random.normal(jax.random.key(0), (5_000,)) / PRECISION**0.5
 
     def chain(position, rng_key):
@@ -269,7 +269,7 @@ def test_control_variates_take_the_variance():
     """Here all rows have one curvature: with control variates nothing is left of it."""
     parts = conjugate_parts()
     minibatches = jax.vmap(parts.draw)(jax.random.split(jax.random.key(1), 200))
-    over = lambda fun: jax.jit(jax.vmap(fun, in_axes=(None, 0)))  # noqa: E731
+    over = lambda fun: jax.jit(jax.vmap(fun, in_axes=(None, 0)))
     grads = over(parts.grad_estimator)(parts.position, minibatches)["mean"]
     rest = over(controlled())(parts.position, minibatches)["mean"]
     exact = jax.grad(parts.logdensity_fn)(parts.position)["mean"]
@@ -555,7 +555,7 @@ def test_keys_of_the_model_hang_on_the_mini_batch_s():
     parts = subsampled(jax.random.key(0), random_backward, model_args=(2,))
     rows = {"rows": jnp.array([0, 3])}
     keys = jax.random.split(jax.random.key(1), 20)
-    one = lambda key: parts.grad_estimator(parts.position, Minibatch(rows, key))  # noqa: E731
+    one = lambda key: parts.grad_estimator(parts.position, Minibatch(rows, key))
     grads = jax.jit(jax.vmap(one))(keys)
     values = jax.jit(jax.vmap(parts.logdensity_fn, in_axes=(None, 0)))(parts.position, keys)
     assert len(np.unique(grads["mean"])) == 20

@@ -76,7 +76,7 @@ def test_an_equal_call_of_sample_compiles_nothing(compiled):
 
     def run(key):
         algorithm = partial(probbp.fmala, lambda x: logdensity_fn(x))
-        half = lambda x: {"half": x["a"] / 2} | x  # noqa: E731
+        half = lambda x: {"half": x["a"] / 2} | x
         return quiet(key, algorithm, num_warmup=20, postprocess_fn=half)
 
     first = run(0)
@@ -150,7 +150,7 @@ def test_data_that_have_changed_are_seen():
 
     def draws():
         options = {"num_warmup": 0, "num_samples": 400, "initial_step_size": 0.5, "metric": None}
-        start = lambda key: jnp.asarray(centre + shift["by"])  # noqa: E731
+        start = lambda key: jnp.asarray(centre + shift["by"])
         return probbp.sample(
             jax.random.key(0), algorithm, start, progress_bar=False, **options
         ).posterior["x"]
@@ -311,7 +311,7 @@ def test_batches_take_less_memory():
     from probbp.samplers.programs import programs
 
     def bytes_of(batch_size):
-        wide = lambda x: -jnp.sum(jnp.tanh(jnp.outer(x, jnp.arange(2000.0))) ** 2)  # noqa: E731
+        wide = lambda x: -jnp.sum(jnp.tanh(jnp.outer(x, jnp.arange(2000.0))) ** 2)
         adapt = adaptation(50, 0, 0.5, metric=None)
         algorithm = partial(probbp.fmala, wide)
         parts = programs(algorithm, adapt, None, 1.0, 1, batch_size)

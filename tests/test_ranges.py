@@ -210,7 +210,7 @@ def test_transforms_keep_the_tree_and_survive_no_gradient(name, dtype):
     transform = TRANSFORMS[name]
     state, update = transform.init(params), jax.jit(transform.update)
     for size in (0.0, 1.0, 1e-15, 0.0):
-        grads = jax.tree.map(lambda leaf: size * (leaf + jnp.ones((), dtype)), params)  # noqa: B023
+        grads = jax.tree.map(lambda leaf, size=size: size * (leaf + jnp.ones((), dtype)), params)
         updates, after = update(grads, state, params)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
         assert jax.tree.map(lambda leaf: leaf.dtype, updates) == jax.tree.map(

@@ -398,7 +398,7 @@ def test_diagonal_units_in_other_transformations():
         return fun(UNITS | {"angle": angle}, STATES, readout, xs)
 
     angle = UNITS["angle"]
-    mapped = lambda f: jax.vmap(jax.grad(f))  # noqa: E731
+    mapped = lambda f: jax.vmap(jax.grad(f))
     for transform, point in (
         (jax.jacfwd, angle),
         (jax.hessian, angle),
@@ -488,7 +488,7 @@ def test_stretches_of_a_stream_are_the_whole():
     params, xs = {"rate": jnp.array(0.3), "scale": jnp.array(0.5)}, series(60)
 
     def whole(params):
-        step = lambda carry, x: (filtered(params, carry, x), None)  # noqa: E731
+        step = lambda carry, x: (filtered(params, carry, x), None)
         return jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), xs)[0]
 
     carry, sensitivity = (jnp.zeros(()), jnp.zeros(())), None

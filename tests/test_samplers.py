@@ -336,7 +336,7 @@ def test_the_plane_of_all_directions_is_mala():
 
 
 def test_in_one_dimension_the_line_is_all_there_is():
-    logdensity_fn = lambda x: -jnp.sum(x**4) / 4  # noqa: E731
+    logdensity_fn = lambda x: -jnp.sum(x**4) / 4
     target = gaussian(1)._replace(logdensity_fn=logdensity_fn)
     rates = [
         stationary_rates(algorithm, target, 50_000)

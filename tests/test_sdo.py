@@ -279,7 +279,7 @@ def test_both_modes(keep):
 
     @jax.jit
     def both(args, dots):
-        fun = lambda args: loss(partial(run, keep_step=keep, surrogate=path), ARGS | args)  # noqa: E731
+        fun = lambda args: loss(partial(run, keep_step=keep, surrogate=path), ARGS | args)
         grad = jax.grad(fun)(args)
         return grad, jax.jvp(fun, (args,), (dots,))[1], optax.tree.vdot(grad, dots)
 
@@ -291,7 +291,7 @@ def test_both_modes(keep):
 @pytest.mark.parametrize("keep", ["first", "each", sdo.Subset(0.5)])
 def test_vmap_over_samples_is_the_batch(keep):
     def grad(args):
-        fun = lambda z: loss(partial(run, keep_step=keep), args | {"noise": z})  # noqa: E731
+        fun = lambda z: loss(partial(run, keep_step=keep), args | {"noise": z})
         return jax.grad(fun)(args["noise"])
 
     def alone(noise, step_noise, controls):
@@ -469,7 +469,7 @@ def test_to_detach_v_is_the_path_of_unit_variance():
             return jax.lax.stop_gradient(jnp.sin(x))
 
         options = {"prediction": prediction, "surrogate": surrogate, "keep_step": -1}
-        fun = lambda z: sdo.sample(no_matter, z, SCHEDULE, **options)  # noqa: E731
+        fun = lambda z: sdo.sample(no_matter, z, SCHEDULE, **options)
         return jax.jvp(fun, (jnp.ones((1, D)),), (jnp.ones((1, D)),))[1]
 
     # The last step is kept, and its network is constant: what is left of it is its `a`.
@@ -579,7 +579,7 @@ def test_loops_of_detached_steps_carry_no_derivative():
 
     def of(keep):
         def fun(z, scale):
-            denoiser = lambda x, t: jnp.tanh(scale * x)  # noqa: E731
+            denoiser = lambda x, t: jnp.tanh(scale * x)
             return sdo.sample(denoiser, z, SCHEDULE, keep_step=keep, rng_key=KEY)
 
         return fun
@@ -675,5 +675,5 @@ def test_controls_of_detached_steps_refuse_a_derivative():
         with pytest.raises(TypeError, match="keep_step='each'"):
             derivative(of_controls)(ARGS["controls"], keep)
     # What the message says works.
-    cut_off = lambda u: of_controls(jax.lax.stop_gradient(u), "first")  # noqa: E731
+    cut_off = lambda u: of_controls(jax.lax.stop_gradient(u), "first")
     assert jnp.all(jax.grad(cut_off)(ARGS["controls"]) == 0)

@@ -713,7 +713,7 @@ def test_a_numpyro_transformer_is_fitted_by_svi():
 
         @jax.jit
         def run(rng_key):
-            step = lambda state, _: svi.update(state)  # noqa: E731
+            step = lambda state, _: svi.update(state)
             return jax.lax.scan(step, svi.init(rng_key), length=num_steps)[1]
 
         return run(jax.random.key(0))

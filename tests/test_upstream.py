@@ -83,7 +83,7 @@ SAMPLERS = ["mala", "fmala", "line_fmala", "pc_fmala", "pc_line_fmala"]
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_is_one_of_blackjax(name):
-    logdensity_fn = lambda x: -jnp.sum(x**2) / 2  # noqa: E731
+    logdensity_fn = lambda x: -jnp.sum(x**2) / 2
     sampler = getattr(probbp, name)
     algorithm = sampler(logdensity_fn, 0.1)
     assert isinstance(algorithm, blackjax.base.SamplingAlgorithm)

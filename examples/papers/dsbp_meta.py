@@ -336,7 +336,7 @@ def few_shots(ax, found, fast):
 
         def accuracy(variance, support, query):
             nothing = meta.Rates(jnp.zeros(1), variance)
-            nll = lambda w, b: jnp.sum(optax.sigmoid_binary_cross_entropy(b[0] @ w, b[1]))  # noqa: E731
+            nll = lambda w, b: jnp.sum(optax.sigmoid_binary_cross_entropy(b[0] @ w, b[1]))
             w = meta.posterior_mode(
                 nll, jnp.zeros(64), support, jnp.zeros((1, 64)), nothing, num_steps=8
             )
@@ -344,7 +344,7 @@ def few_shots(ax, found, fast):
 
         key_train, key_test = jax.random.split(key)
         train, test = episodes(key_train, pairs, 100), episodes(key_test, new_pairs, 200)
-        of = lambda tasks: jax.lax.map(  # noqa: E731
+        of = lambda tasks: jax.lax.map(
             lambda v: jnp.mean(jax.vmap(partial(accuracy, v))(*tasks)), jnp.logspace(-3, 1, 9)
         )
         return of(test)[jnp.argmax(of(train))]

@@ -229,7 +229,7 @@ def latents(title, network, metric, start, has_prior, seeds, num_moves, fast):
     @jax.jit
     def sampler(rng_key, num, params):
         z, target = setting(rng_key)
-        move = lambda i, z: z + 1e-9 * objective(z, target, params, rng_key, FULL)[:, None]  # noqa: E731
+        move = lambda i, z: z + 1e-9 * objective(z, target, params, rng_key, FULL)[:, None]
         return jax.lax.fori_loop(0, num, move, z)
 
     arms = list(LATENTS)[: 3 if fast else None]
@@ -276,7 +276,7 @@ def alignment(network, seeds, num_moves, fast):
                 key = jax.random.fold_in(rng_key, i)
                 if options is None:
                     flat, unravel = jax.flatten_util.ravel_pytree(params)
-                    fun = lambda p: loss(unravel(p[0]), key)[None]  # noqa: E731
+                    fun = lambda p: loss(unravel(p[0]), key)[None]
                     value = loss(params, key)
                     grad = unravel(one_direction(fun, flat[None], key)[0])
                 else:

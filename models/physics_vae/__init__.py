@@ -19,7 +19,8 @@ and y.
 
 from probbp.models.physics_vae.coordinates import Latent
 from probbp.models.physics_vae.labels import Label, categorical, continuous
-from probbp.models.physics_vae.model import MLP, PhysicsVAE, physics_vae
+from probbp.models.physics_vae.model import PhysicsVAE, physics_vae
+from probbp.models.physics_vae.networks import MLP
 from probbp.models.physics_vae.posterior import Refinement, pareto_k, refinement
 from probbp.models.physics_vae.prediction import decode, predict, to_arviz
 from probbp.models.physics_vae.separation import disentanglement, leakage

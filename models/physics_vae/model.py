@@ -16,6 +16,7 @@ from numpyro.handlers import substitute
 from probbp.models.physics_vae.checks import check_options, check_physics
 from probbp.models.physics_vae.coordinates import Latent, constrain, latents_of
 from probbp.models.physics_vae.labels import Label, standardisation
+from probbp.models.physics_vae.networks import all_networks
 from probbp.models.physics_vae.records import observe, records_plate, rows_of
 from probbp.ops import gradient_reversal
 
@@ -44,37 +45,6 @@ class PhysicsVAE(NamedTuple):
     labels: dict[str, Label]
     latents: dict[str, "Latent"]
     num_outputs: int
-
-
-class MLP(nnx.Module):
-    """A multilayer perceptron with the last layer linear."""
-
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
-        activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
-    ):
-        """Draw the weights.
-
-        Args:
-            sizes: of input, hidden layers and output.
-            rngs: keys of the weights.
-            dtype: of the weights.
-            activation: after each layer but the last.
-        """
-        self.activation = activation
-        self.layers = nnx.List(
-            nnx.Linear(num_in, num_out, rngs=rngs, param_dtype=dtype)
-            for num_in, num_out in zip(sizes[:-1], sizes[1:], strict=True)
-        )
-
-    def __call__(self, x):
-        """Map (..., sizes[0]) to (..., sizes[-1])."""
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
 
 
 def physics_vae(
@@ -229,7 +199,7 @@ def physics_vae(
         sizes[f"prior_{name}"] = (label.num_features, half, 2 * dims[name])
         sizes[f"head_{name}"] = (dims[name], half, label.num_outputs)
         sizes[f"adversary_{name}"] = (spread_of_z.shape[1], half, label.num_outputs)
-    modules = _networks(sizes, networks, nnx.Rngs(0) if rngs is None else rngs, dtype)
+    modules = all_networks(sizes, networks, nnx.Rngs(0) if rngs is None else rngs, dtype)
     check_physics(physics, priors, known, num_outputs)
 
     def net(name):
@@ -383,18 +353,3 @@ def physics_vae(
 
     parts = (model, amortised, encode, predict_label)
     return PhysicsVAE(*parts, dict(priors), labels, latents, num_outputs)
-
-
-def _networks(sizes, networks, rngs, dtype):
-    networks = dict(networks or {})
-    if unknown := sorted(networks.keys() - sizes.keys()):
-        raise ValueError(f"networks has {unknown}, but the names are {sorted(sizes)}.")
-    for name, module in networks.items():
-        num_in, num_out = sizes[name][0], sizes[name][-1]
-        graph, state = nnx.split(module)
-        example = jax.ShapeDtypeStruct((3, num_in), dtype)
-        out = jax.eval_shape(lambda s, x, graph=graph: nnx.merge(graph, s)(x), state, example)
-        if out.shape != (3, num_out):
-            raise ValueError(f"networks[{name!r}] must map (3, {num_in}) to (3, {num_out}), and "
-                             f"maps it to {out.shape}.")  # fmt: skip
-    return {name: MLP(size, rngs, dtype) for name, size in sizes.items()} | networks

@@ -154,6 +154,7 @@ def _psis_k(log_ratios):
     import arviz
 
     if int(arviz.__version__.split(".")[0]) >= 1:
+        # Python 3.11, for which types are checked, has no such package.
         from arviz_stats.base.array import array_stats  # pyright: ignore[reportMissingImports]
 
         # It takes log likelihoods, the negative log ratios of leaving one out.

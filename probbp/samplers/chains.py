@@ -165,7 +165,7 @@ def sample(
     key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
     on = devices(mesh, num_chains)
 
-    postprocess = lambda positions: positions  # noqa: E731
+    postprocess = lambda positions: positions
     if postprocess_fn is not None:
         # One draw after the other, as in `from_blackjax`, but compiled once.
         postprocess = jax.jit(jax.vmap(partial(jax.lax.map, postprocess_fn)))
@@ -262,7 +262,7 @@ def sample(
         for i in range(max(0, done - num_warmup), num_samples, chunk):
             states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
             num = min(chunk, num_samples - i)
-            draws = jax.tree.map(lambda leaf: leaf[:, :num], on.get(draws))  # noqa: B023
+            draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
             shown = sink.add(i, draws, step_size)
             if progress_bar or folder is not None:
                 moments = progress.add(moments, shown)

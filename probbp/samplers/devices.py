@@ -121,7 +121,7 @@ def _jit(fun, sharding, donate_argnums):
                 donate_argnums=tuple(i + 1 for i in np.atleast_1d(donate_argnums).astype(int)),
             )
             data = [closed.consts[i] for i in spread]
-            compiled = lambda *args: program(data, *args)  # noqa: E731
+            compiled = lambda *args: program(data, *args)
         return compiled(*args)
 
     return call
@@ -137,7 +137,7 @@ def nested_constants(jaxpr: jex.Jaxpr) -> list[Any]:
     found = []
     for eqn in jaxpr.eqns:
         found += [var.val for var in eqn.invars if isinstance(var, jex.Literal)]
-        is_jaxpr = lambda value: isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)  # noqa: E731
+        is_jaxpr = lambda value: isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
         for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
             if isinstance(value, jex.ClosedJaxpr):
                 found += value.consts

@@ -172,9 +172,9 @@ def damages(folder: Path, num_tries: int) -> None:
     def stranger(run):
         (run / "notes.txt").write_text("mine")
 
-    nothing = lambda run: None  # noqa: E731
-    of_state = lambda run: [newest(run)]  # noqa: E731
-    of_draws = lambda run: [run.with_suffix(".draws")]  # noqa: E731
+    nothing = lambda run: None
+    of_state = lambda run: [newest(run)]
+    of_draws = lambda run: [run.with_suffix(".draws")]
     faults = {
         "no fault": (nothing, {}),
         "a bit of the newest state flipped": (anywhere(flip, of_state), {}),

@@ -102,7 +102,7 @@ def main():
     parts = subsampled(jax.random.key(0), model, model_args=(x, y, n))
 
     def newton(mode, _):
-        flat = lambda w: parts.logdensity_fn({"weights": w})  # noqa: E731
+        flat = lambda w: parts.logdensity_fn({"weights": w})
         return mode - jnp.linalg.solve(jax.hessian(flat)(mode), jax.grad(flat)(mode)), None
 
     mode, _ = jax.jit(lambda w: jax.lax.scan(newton, w, length=20))(jnp.zeros(x.shape[1]))

@@ -428,7 +428,7 @@ def _plane(num_tangents: int, acceptance: str, jump: str) -> Case:
     )
 
 
-_walk = lambda d: 2.38 / d**0.5  # noqa: E731
+_walk = lambda d: 2.38 / d**0.5
 
 CASES = (
     Case("random walk", _random_walk, _walk, ("0", "-1/2", ".234", "1.33")),

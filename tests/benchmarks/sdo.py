@@ -181,7 +181,7 @@ def of_parameters(loss, params, num_steps, num_keys):
             if "for all" not in method:
                 return loss(noise, params, target, schedule, **options).mean()
             # Samples that are batches of their own draw the same step from the same key.
-            one = lambda z, y: loss(z[None], params, y[None], schedule, **options)[0]  # noqa: E731
+            one = lambda z, y: loss(z[None], params, y[None], schedule, **options)[0]
             return jax.vmap(one)(noise, target).mean()
 
         return jax.flatten_util.ravel_pytree(jax.grad(fun)(params))[0]
