@@ -1,5 +1,8 @@
 """The networks of the encoder, the residual and the heads."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
