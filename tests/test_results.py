@@ -47,13 +47,13 @@ def load(folder, name, monkeypatch):
 # ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_has_a_result_and_a_picture(script):
-    result = json.loads((PAPERS / "results" / f"{script.stem}.json").read_text())
-    assert result["script"] == script.stem
-    assert result["command"] == f"python examples/papers/{script.name}"
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_is_of_its_script_and_has_a_picture(path):
+    result = json.loads(path.read_text())
+    assert result["script"] == path.stem
+    assert result["command"] == f"python examples/papers/{path.stem}.py"
     assert not result["fast"]
-    picture = (PAPERS / "results" / f"{script.stem}.png").read_bytes()
+    picture = path.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5_000
 
