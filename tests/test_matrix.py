@@ -4,7 +4,7 @@ Three tables: estimators in samplers, operations in inference, models in inferen
 `LAWS`, or what its refusal says. `python tests/test_matrix.py` writes them into docs/matrix.md.
 """
 
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,7 +253,6 @@ def of_ops(names, is_plain=False):
         numpyro.factor(f"{name}, seen", -squares(plain(x) if is_plain else op(x, key)) / 2)
 
 
-@cache
 def truths():
     """Return mean and second moments of each posterior with JAX's own function, on a grid."""
     axis = jnp.linspace(-5, 5, 401)
@@ -270,7 +269,6 @@ def truths():
     return integrate(grid)
 
 
-@cache
 def draws(host):
     """Return draws of all operations' posteriors: one program, without any adaptation."""
     names = [op for op in OPS if OP_BY_HOST[op][host] == "exact"]
@@ -278,10 +276,10 @@ def draws(host):
     kernel = HOSTS[host](partial(of_ops, names))
     mcmc = MCMC(kernel, chain_method="vectorized", progress_bar=False, **steps)
     mcmc.run(KEY)
-    return mcmc.get_samples(group_by_chain=True)
+    samples = mcmc.get_samples(group_by_chain=True)
+    return {name: samples[name] for name in names}
 
 
-@cache
 def trained():
     """Return losses of each operation, and of JAX's own function, before and after training."""
     names = [op for op in OPS if OP_BY_HOST[op]["SVI"] == "trains"]
@@ -311,20 +309,24 @@ def trained():
             for is_plain in (False, True)
         ]
 
-    return run(KEY)
+    results = run(KEY)
+    return {name: [losses[name] for losses in results] for name in names}
 
 
-@pytest.mark.parametrize(("op", "host"), cells(OP_BY_HOST, False))
-def test_an_operation_in_inference(op, host):
-    if OP_BY_HOST[op][host] == "trains":
-        first, first_plain, last, last_plain = (losses[op] for losses in trained())
-        np.testing.assert_allclose(first, first_plain, rtol=1e-5)
-        np.testing.assert_allclose(last, last_plain, rtol=1e-5)
-        fall = first - last
-        assert fall.mean() > PASS * fall.std() / len(fall) ** 0.5
+@pytest.mark.parametrize("host", ["SVI", *HOSTS])
+def test_operations_in_inference(host):
+    """All of them in one program, which would be compiled for each worker of the tests."""
+    if host == "SVI":
+        for op, (first, first_plain, last, last_plain) in trained().items():
+            np.testing.assert_allclose(first, first_plain, rtol=1e-5, err_msg=op)
+            np.testing.assert_allclose(last, last_plain, rtol=1e-5, err_msg=op)
+            fall = first - last
+            assert fall.mean() > PASS * fall.std() / len(fall) ** 0.5, op
         return
-    late = draws(host)[op][:, NUM_STEPS[host] // 2 :]
-    assert np.all(abs(z_of_means(moments(late), truths()[op])) < PASS)
+    truth = truths()
+    for op, late in draws(host).items():
+        z = z_of_means(moments(late[:, NUM_STEPS[host] // 2 :]), truth[op])
+        assert np.all(abs(z) < PASS), op
 
 
 @pytest.mark.parametrize(("op", "host", "cell"), cells(OP_BY_HOST, True))

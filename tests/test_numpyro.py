@@ -72,14 +72,16 @@ def assert_moments(data, moments, names=None):
 @pytest.mark.parametrize("metric", ["diag", "dense"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_moments(name, metric):
-    mcmc = mcmc_of(Kernel(conjugate, KERNELS[name], metric=metric), num_samples=6_000)
+    kernel = Kernel(conjugate, KERNELS[name], metric=metric)
+    # Many chains, so that the error is known where one stands still in the tail of log(scale).
+    mcmc = mcmc_of(kernel, num_samples=1_500, num_chains=20)
     fields = ("potential_energy", "accept_prob", "adapt_state.step_size")
     mcmc.run(jax.random.key(0), Y, extra_fields=fields)
     data = az.from_numpyro(mcmc)
     assert_moments(data, MOMENTS)
     np.testing.assert_allclose(data.posterior["double"], 2 * data.posterior["mean"])
     assert {"acceptance_rate", "lp", "step_size", "diverging"} <= set(data.sample_stats)
-    assert len(np.unique(data.sample_stats["step_size"])) == 2
+    assert len(np.unique(data.sample_stats["step_size"])) == 20
 
 
 @pytest.mark.parametrize("chain_method", ["sequential", "vectorized", jax.vmap])

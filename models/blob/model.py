@@ -165,6 +165,7 @@ def bayesian_lora(
         >>> result = svi.run(jax.random.key(0), 200, params, x, y=y, progress_bar=False)
         >>> sorted(result.params)
         ['head_B', 'head_g', 'head_loc']
+        >>> from probbp.models.blob import predict
         >>> logits = predict(lora, jax.random.key(1), result.params, params, x[:4])
         >>> jax.nn.softmax(logits).mean(0).argmax(-1).tolist()
         [0, 0, 1, 1]
