@@ -79,7 +79,7 @@ def pictures(results: dict[str, dict | None]) -> str:
         parts.append(
             f"## {name}\n\n{result['claim']} **{result['verdict'].capitalize()}.**\n\n"
             f"![{name}]({name}.png)\n\n{result['caption']}\n\n{checks}\n\n"
-            f"{result['seconds']} seconds, {versions}.\n"
+            f"{result['cpu_seconds']} seconds of CPU, {versions}.\n"
         )
     return "\n".join(parts)
 
