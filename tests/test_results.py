@@ -29,7 +29,8 @@ RECORD = {
     **{"claim": "A claim.", "setting": "A setting.", "caption": "A caption."},
     **{"ours": FIGURE, "baseline": FIGURE},
     "checks": [FIGURE | {"claim": "small", "side": "below", "bound": 2.0, "holds": True}],
-    **{"verdict": "holds", "command": "a command", "commit": "abc", "cpu_seconds": 1, "versions": {}},
+    **{"verdict": "holds", "command": "a command", "commit": "abc"},
+    **{"cpu_seconds": 1, "versions": {}},
 }
 
 
