@@ -1,11 +1,18 @@
 """Double precision everywhere; tests of single precision pass float32 positions."""
 
 import os
+from importlib.metadata import version
 
 # Matplotlib needs no screen, and NumPyro's bar stays out of the log.
 os.environ.setdefault("MPLBACKEND", "Agg")
 # What modules compute on import and what processes of tests run is compiled in a hurry, as below.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if version("jax").startswith("0.10."):
+    # XLA's older way to compile a fused loop for a CPU, in three fifths of the time; JAX 0.12
+    # has no such flag. Read once, when JAX starts; processes that tests start inherit it.
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import pytest

@@ -174,7 +174,9 @@ def test_the_value_is_jax_s(case):
             assert value.dtype == dtype
             pair = (x.astype("float32") for x in (value, expected))
             assert_equal(*pair, rtol=tolerance, atol=tolerance)
-            np.testing.assert_array_equal(value, values[0])
+            # Of what sampling would add there is nothing, to the last bits.
+            pair = (x.astype("float32") for x in (value, values[0]))
+            assert_equal(*pair, rtol=2 * tolerance / num_eps, atol=2 * tolerance / num_eps)
         same, other_grad, _ = compute(dtype, jax.random.key(2))
         np.testing.assert_array_equal(same[1], values[1])
         assert jnp.any(other_grad[0] != grad[0])
