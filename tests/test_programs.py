@@ -88,6 +88,26 @@ def test_an_equal_call_of_sample_compiles_nothing(compiled):
     assert not np.array_equal(first.posterior["a"].values, other.posterior["a"].values)
 
 
+def test_what_differs_is_compiled_anew():
+    """Nothing is taken for the same that is not: settings, and the precision."""
+    algorithm = partial(probbp.mala, logdensity_fn)
+    plain = quiet(0, algorithm)
+    thinned = quiet(0, algorithm, thinning=2)
+    assert not np.array_equal(plain.posterior["a"].values, thinned.posterior["a"].values)
+    with jax.enable_x64(False):
+        single = probbp.sample(
+            jax.random.key(0),
+            algorithm,
+            jax.tree.map(lambda x: x.astype(jnp.float32), START),
+            num_warmup=0,
+            num_samples=20,
+            num_chains=3,
+            metric=None,
+            progress_bar=False,
+        )
+    assert single.posterior["a"].dtype == np.float32
+
+
 def test_a_second_run_of_mcmc_compiles_no_more_than_numpyro_s_own(compiled):
     """NumPyro compiles its loop anew for each run; ours adds nothing to that."""
     y = jnp.arange(5.0)

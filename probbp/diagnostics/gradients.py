@@ -299,10 +299,10 @@ def _exact(fun: Callable, has_aux: bool, params: Tree) -> tuple[str, Any]:
     by_reverse_mode = jax.value_and_grad(fun, has_aux=has_aux)
     try:
         return "reverse mode", jax.jit(by_reverse_mode).lower(params).compile()
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # by which JAX refuses reverse mode
         try:
             return "forward mode", jax.jit(by_forward_mode).lower(params).compile()
-        except Exception:
+        except Exception:  # `fun` fails in either mode: its own error is the one to read
             raise error from None
 
 
