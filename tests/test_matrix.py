@@ -41,7 +41,8 @@ LAWS = {
     "exact": "moments are those of the density, or of the model with JAX's own function",
     "trains": "the loss is that of the model with JAX's own function, and falls",
     "fits": "the loss falls, and predictions are finite",
-    "exact, scores": "derivatives of the log density average to zero over the draws",
+    "exact, scores": "over the draws derivatives of the log density average to zero, and their "
+    "products with the parameters to minus one",
 }
 
 
@@ -450,15 +451,26 @@ def test_a_model_in_inference(name, inference):
     mcmc = MCMC(
         NUTS(model, max_tree_depth=4),
         num_warmup=150,
-        num_samples=100,
+        num_samples=400,
         num_chains=20,
         chain_method="vectorized",
+        postprocess_fn=lambda z: z,  # where the chain moves, without constraints
         progress_bar=False,
     )
     mcmc.run(KEY, *args, **labels, extra_fields=("z_grad",))
-    grads = mcmc.get_extra_fields(group_by_chain=True)["z_grad"].values()
-    scores = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in grads], -1)
+    position = mcmc.get_samples(group_by_chain=True)
+    grads = mcmc.get_extra_fields(group_by_chain=True)["z_grad"]
+    x, scores = (
+        jnp.concatenate(
+            [tree[site].reshape(*tree[site].shape[:2], -1) for site in sorted(grads)], -1
+        )
+        for tree in (position, grads)
+    )
     assert np.all(abs(z_of_means(scores, 0.0)) < PASS)
+    products = x * scores
+    assert np.all(abs(z_of_means(products, 1.0)) < PASS)
+    # Chains that stood still would know neither; these know the second well.
+    assert np.all(np.asarray(products).mean(1).std(0) / len(x) ** 0.5 < 0.5)
 
 
 # ---------------------------------------------------------------------------------------
