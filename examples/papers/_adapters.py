@@ -335,7 +335,7 @@ def print_table(shift, size, scores, before, notes):
         print(line, flush=True)
 
 
-def draw(axes, found, names):
+def draw(figure, axes, found, names):
     """Draw differences to MLE by the number of labels: accuracy, likelihood, calibration."""
     sizes = sorted({size for _, size in found})
     titles = {"acc %": "accuracy [points]", "NLL": "negative log likelihood"}
@@ -350,4 +350,5 @@ def draw(axes, found, names):
         ax.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         ax.set(xlabel="labels", title=titles.get(column, "calibration error [points]"))
         ax.set(xlim=(-0.5, len(sizes) - 0.5))
-    axes[0].legend()
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(names))

@@ -8,7 +8,7 @@ import arviz as az
 import blackjax
 import jax.numpy as jnp
 import numpy as np
-from _evidence import above, over_seeds
+from _evidence import above, exact, over_seeds
 
 import probbp
 from probbp.diagnostics import from_blackjax
@@ -85,9 +85,14 @@ def progress(text):
 
 
 def log_ratio(what, ours, theirs):
-    """Return a figure of the paired log ratio; ESS below 10 tells nothing apart."""
+    """Return a figure of the paired log ratio; ESS below 10 tells nothing apart.
+
+    It has no interval where one is zero: a chain that never moved.
+    """
     if "ESS" in what:
         ours, theirs = np.maximum(ours, 10), np.maximum(theirs, 10)
+    if min(*ours, *theirs) <= 0:
+        return exact(f"log {what}, paired", np.nan)
     return over_seeds(f"log {what}, paired", np.log(ours) - np.log(theirs))
 
 
@@ -112,4 +117,6 @@ def bars(ax, figures):
     ax.errorbar(means, range(len(means)), xerr=means - [f.low for f in drawn.values()], fmt="o")
     ax.axvline(0.0, color="grey", linestyle=":")
     ax.set_yticks(range(len(means)), list(drawn), fontsize=7)
+    for place in np.flatnonzero(np.isnan(means)):
+        ax.text(0.02, place, "a chain never moved", transform=ax.get_yaxis_transform(), va="center")
     ax.invert_yaxis()

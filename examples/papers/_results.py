@@ -79,6 +79,7 @@ def write(
     if arguments.fast and folder.resolve() == STORED.resolve():
         raise ValueError("Figures of --fast are no results. Give --results another folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    number_short_log_axes(figure)
     figure.savefig(folder / f"{script.stem}.png", dpi=110, pil_kwargs={"optimize": True})
     record = {
         "script": script.stem,
@@ -130,6 +131,19 @@ def panels(num: int):
     plt.rcParams.update(plain | {"axes.titlesize": 10})
     figure, axes = plt.subplots(1, num, figsize=(4.8 * num, 3.6), layout="constrained")
     return figure, np.atleast_1d(axes)
+
+
+def number_short_log_axes(figure: Any) -> None:
+    """Number 1, 2, 5 on logarithmic axes of less than two decades, instead of powers of ten."""
+    from matplotlib import ticker
+
+    for ax in figure.axes:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            locator = axis.get_major_locator()
+            if isinstance(locator, ticker.LogLocator) and max(low, high) < 100 * min(low, high):
+                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+                axis.set_minor_locator(ticker.NullLocator())
 
 
 def commit() -> str | None:

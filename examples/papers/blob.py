@@ -82,7 +82,7 @@ def main():
 
     rival = strongest(list(RIVALS)[:3], few)
     figure, axes = panels(3)
-    draw(axes, found, [OURS, *RIVALS])
+    draw(figure, axes, found, [OURS, *RIVALS])
     write(
         arguments,
         paper=BLOB,

@@ -76,7 +76,7 @@ def main():
     few = sizes[0]
     rival = min(CHEAP, key=lambda name: averaged(found, few, name, "NLL").mean())
     figure, axes = panels(3)
-    draw(axes, found, ["BLoB", *AFTERWARDS, *ALONG])
+    draw(figure, axes, found, ["BLoB", *AFTERWARDS, *ALONG])
     write(
         arguments,
         paper=BLOB,

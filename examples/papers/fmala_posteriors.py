@@ -151,7 +151,7 @@ def logistic_regression(size):
 
 def neural_network(size):
     """Regress on one input with a ReLU network."""
-    size, noise = size._replace(steps=size.steps // 2), 0.025
+    size, noise = size._replace(steps=size.steps // 2, hmc=size.hmc // 2), 0.025
 
     def data(key):
         key_cluster, key_x, key_y = jax.random.split(key, 3)

@@ -67,7 +67,9 @@ def main():
 
     def coverage(name, how, i):
         return over_seeds(
-            f"coverage of 90 % intervals of {names[i]}, {how}", 100 * found[name][how][:, i], "%"
+            f"coverage of 90 % intervals of {names[i]}, {name}, {how}",
+            100 * found[name][how][:, i],
+            "%",
         )
 
     figure, axes = panels(len(names))
@@ -82,7 +84,7 @@ def main():
         ax.set_yticks(range(len(found)), list(found), fontsize=7)
         ax.set(xlabel="coverage of 90 % intervals [%]", title=names[i], xlim=(0, 100))
         ax.invert_yaxis()
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     write(
         arguments,
         paper=PHYSICS_VAE,
