@@ -38,6 +38,17 @@ def model(
         activation: between layers.
         dense: the product of activations (rows, in) and weights (in, out); an op with another
             backward pass has its place here. One for all layers, or a sequence with one for each.
+
+    Raises:
+        ValueError: if `dense` has not one product for each layer.
+
+    Example:
+        >>> import jax
+        >>> from numpyro.infer import Predictive
+        >>> x = jax.random.normal(jax.random.key(0), (20, 3))
+        >>> draws = Predictive(model, num_samples=5)(jax.random.key(1), x)
+        >>> draws["weight_0"].shape, draws["y"].shape
+        ((5, 3, 32), (5, 20))
     """
     sizes = (x.shape[1], *widths, num_outputs)
     products = [dense] * (len(sizes) - 1) if callable(dense) else dense

@@ -20,7 +20,15 @@ Rule = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def stored(kernel: jax.Array, weights: jax.Array) -> jax.Array:
-    """The rule of feedback alignment: the stored weights, whatever the kernel has become."""
+    """The rule of feedback alignment: the stored weights, whatever the kernel has become.
+
+    Args:
+        kernel: not looked at.
+        weights: of the same shape.
+
+    Returns:
+        The weights.
+    """
     return weights
 
 

@@ -27,6 +27,14 @@ def model(
         scale: of the priors of mean and spread of the intercepts, of slopes and noise.
         is_centered: whether alpha is sampled itself, best where groups have much data, or as
             mu + tau z with z ~ N(0, 1), best where they have little.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> x, group = jnp.ones((6, 2)), jnp.array([0, 0, 1, 1, 2, 2])
+        >>> sites = trace(seed(model, 0)).get_trace(x, group, num_groups=3)
+        >>> sites["alpha"]["value"].shape, sites["y"]["value"].shape
+        ((3,), (6,))
     """
     mu = numpyro.sample("mu", dist.Normal(0, scale))
     tau = numpyro.sample("tau", dist.HalfNormal(scale))

@@ -35,6 +35,13 @@ def rotary(
 
     Raises:
         ValueError: for what is not supported, by name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tables = rotary({"rope_theta": 10_000.0}, 8, longest=128)
+        >>> cos, sin = tables(jnp.arange(5)[None])
+        >>> cos.shape
+        (1, 5, 1, 8)
     """
     # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -86,6 +93,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         x: queries or keys, (batch, time, heads, head_dim).
         cos: of the angles, broadcastable to `x`.
         sin: likewise.
+
+    Returns:
+        As `x`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[[[1.0, 0.0]]]])
+        >>> rotate(x, jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2))).ravel().tolist()
+        [0.0, 1.0]
     """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

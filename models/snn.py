@@ -125,6 +125,16 @@ class BatchNorm(nnx.Module):
     With `order="layer"` mean and variance are over batch, space and time; with `order="time"` over
     batch and space, step by step. By rates the derivative is that of the mean over time of what is
     normalised, statistics included. After `module.eval()` the running averages are used instead.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from probbp.ops import rate
+        >>> norm = BatchNorm(3)
+        >>> def network(spike, x):
+        ...     return spike(norm(spike, x))
+        >>> rate.simulate(network, rate.constant(jnp.eye(3)), 4).shape
+        (3, 3)
     """
 
     def __init__(
@@ -203,6 +213,18 @@ def model(
 
     Raises:
         ValueError: for a network with state, such as the running averages of `BatchNorm`.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax
+        >>> import optax
+        >>> from flax import nnx
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> x = jax.random.normal(jax.random.key(0), (20, 5))
+        >>> network = MLP((5, 8, 2), rngs=nnx.Rngs(0))
+        >>> labelled = partial(model, network=network, num_steps=4)
+        >>> svi = SVI(labelled, guide(labelled, network), optax.adam(1e-2), Trace_ELBO())
+        >>> result = svi.run(jax.random.key(1), 5, x, (x[:, 0] > 0).astype(int), progress_bar=False)
     """
     if jax.tree.leaves(nnx.state(network, nnx.Not(nnx.Param))):
         raise ValueError(
@@ -230,6 +252,9 @@ def guide(model: Callable, network: nnx.Module, init_scale: float = 0.02) -> Aut
         model: the model, with its keywords set.
         network: the same Flax module, fresh or trained.
         init_scale: standard deviation of each weight at the start.
+
+    Returns:
+        NumPyro's `AutoNormal`. See `model` for an example.
     """
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     values = {f"{_NAME}/" + ".".join(str(step.key) for step in path): leaf for path, leaf in leaves}

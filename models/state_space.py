@@ -41,6 +41,13 @@ def garch(
         scale: standard deviation of the priors of mu and alpha0, which are a normal and a half
             normal: large against `y` and its square.
         scan: the loop.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> y = jnp.array([0.3, -1.1, 0.4, 2.0, -0.2])
+        >>> sorted(trace(seed(garch, 0)).get_trace(y))
+        ['alpha0', 'alpha1', 'beta1', 'mu', 'share', 'y']
     """
     mu = numpyro.sample("mu", dist.Normal(0.0, scale))
     alpha0 = numpyro.sample("alpha0", dist.HalfNormal(scale))
@@ -77,6 +84,13 @@ def local_linear_trend(y: jax.Array, *, scale: float = 1.0, scan: Callable = rtr
         scale: of the half-normal priors of the three standard deviations, and a tenth of that of
             the first level and slope.
         scan: the loop.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> y = jnp.array([0.1, 0.3, jnp.nan, 0.8])
+        >>> sorted(trace(seed(local_linear_trend, 0)).get_trace(y))
+        ['sigma', 'sigma_level', 'sigma_slope', 'y']
     """
     prior = dist.HalfNormal(scale)
     sigma, sigma_level, sigma_slope = (
@@ -105,6 +119,13 @@ class LinearGaussian(NamedTuple):
         loading: h, (states,).
         state_noise: Q, (states, states), a covariance.
         observation_noise: r, a variance.
+
+    Example:
+        A random walk, seen through noise of variance 0.25.
+
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones((1, 1))
+        >>> walk = LinearGaussian(one, jnp.ones(1), state_noise=one, observation_noise=0.25)
     """
 
     transition: jax.Array
@@ -130,6 +151,18 @@ def kalman(
         mean: (states,), of the first state.
         covariance: (states, states), of the first state.
         scan: the loop.
+
+    Returns:
+        The log likelihood, a scalar.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones((1, 1))
+        >>> y = jnp.array([0.1, 0.7, jnp.nan, 1.2])
+        >>> def log_likelihood(noise):
+        ...     return kalman(y, lambda: LinearGaussian(one, jnp.ones(1), one, noise), one[0], one)
+        >>> grad = jax.grad(log_likelihood)(0.25)
     """
 
     def step(carry, y):
@@ -169,6 +202,13 @@ def hidden_markov(
         scale: of the priors of means and spreads. Rows of T have a Dirichlet prior that expects a
             regime to last for ten steps.
         scan: the loop.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> sites = trace(seed(hidden_markov, 0)).get_trace(jnp.zeros(5), num_regimes=3)
+        >>> sites["transition"]["value"].shape
+        (3, 3)
     """
     concentration = jnp.ones((num_regimes, num_regimes))
     concentration = concentration + jnp.eye(num_regimes) * 9 * (num_regimes - 1)
@@ -218,6 +258,13 @@ def pendulum(
         num_substeps: steps of the method between angles.
         max_frequency: upper end of omega's uniform prior [rad/s].
         scan: the loop.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro.handlers import seed, trace
+        >>> y = jnp.array([0.5, 0.4, 0.1, -0.2])
+        >>> sorted(trace(seed(pendulum, 0)).get_trace(y, time_step=0.1))
+        ['angle', 'omega', 'sigma', 'velocity', 'y', 'zeta']
     """
     omega = numpyro.sample("omega", dist.Uniform(0.0, max_frequency))
     zeta = numpyro.sample("zeta", dist.HalfNormal(0.5))
@@ -264,6 +311,22 @@ def streamed(
         params: pytree of floating-point arrays.
         init: pytree of floating-point arrays, the state before the first stretch.
         xs: pytree of arrays with the time on the first axis: the stretch.
+
+    Returns:
+        The log likelihood of the stretch, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.handlers import seed, trace
+        >>> def step(params, mean, y):  # an exponentially weighted mean, and what y is worth
+        ...     return mean + params["gain"] * (y - mean), -0.5 * (y - mean) ** 2
+        >>> def model(y):
+        ...     gain = numpyro.sample("gain", dist.Uniform())
+        ...     numpyro.factor("y", streamed("mean", step, {"gain": gain}, jnp.zeros(()), y))
+        >>> sorted(trace(seed(model, 0)).get_trace(jnp.ones(10)))
+        ['gain', 'mean', 'y']
     """
     init = jax.tree.map(jnp.asarray, init)
 

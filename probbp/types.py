@@ -43,6 +43,16 @@ def keyed(fun: Callable, rng_key: jax.Array) -> Callable:
     """Return `fun` with its argument `rng_key` set, or `fun` itself if it has none of that name.
 
     A key that the caller has already set by `functools.partial` is left alone.
+
+    Args:
+        fun: any function.
+        rng_key: a key.
+
+    Example:
+        >>> import jax
+        >>> noise = keyed(lambda x, rng_key: x + jax.random.normal(rng_key), jax.random.key(0))
+        >>> bool(noise(1.0) == noise(1.0))
+        True
     """
     if isinstance(fun, partial) and "rng_key" in fun.keywords:
         return fun

@@ -22,6 +22,19 @@ LINKS = [
     for page in PAGES
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
 ]
+SOURCES = sorted(
+    path for room in ("probbp", "models", "examples") for path in (ROOT / room).rglob("*.py")
+)
+# What stands in code that runs: of docstrings, pages and examples.
+SHOWN = {
+    word
+    for text in (
+        *CODE,
+        *(line for path in SOURCES for line in re.findall(r"(?:>>>|\.{3}) (.*)", path.read_text())),
+        *(path.read_text() for path in (ROOT / "examples").glob("*.py")),
+    )
+    for word in re.findall(r"\w+", text)
+}
 REFERENCE = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
 FOLDERS = {path.parent for path in (ROOT / "probbp").glob("[!m]*/**/__init__.py")}
 FOLDERS |= {path.parent for path in (ROOT / "probbp" / "models").glob("*/__init__.py")}
@@ -57,9 +70,15 @@ def test_a_link_leads_somewhere(page, link):
         assert anchor in slugs
 
 
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_that_is_named_is_there(path):
+    named = re.findall(r"(?:examples|tests|docs)/[\w/]+\.(?:py|md)", path.read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("name", sorted(MODULES - {"probbp.samplers.curvature"}))
 def test_what_is_public_is_documented(name):
-    """It is in the reference, and its docstring speaks of each of its parameters."""
+    """It is in the reference, an example has it, and its docstring speaks of each parameter."""
     module = importlib.import_module(name)
     own = [n for n, x in vars(module).items() if getattr(x, "__module__", None) == name]
     for public in getattr(module, "__all__", [n for n in own if not n.startswith("_")]):
@@ -73,6 +92,7 @@ def test_what_is_public_is_documented(name):
         )
         if not callable(thing) or public in WITHOUT_SIGNATURE:
             continue
+        assert inspect.isclass(thing) or public in SHOWN, f"no example has {name}.{public}"
         words = re.findall(r"\w+", inspect.getdoc(thing) or "")
         assert words, f"{name}.{public} has no docstring"
         unsaid = set(inspect.signature(thing).parameters) - set(words) - {"args", "kwargs"}

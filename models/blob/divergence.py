@@ -9,12 +9,26 @@ def std(g: jax.Array) -> jax.Array:
 
     Args:
         g: G, any shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> std(jnp.array([0.5, -2.0])).round(3).tolist()
+        [0.25, 4.0]
     """
     return g * g + jnp.finfo(g.dtype).eps
 
 
 def root_of_std(std: jax.Array) -> jax.Array:
-    """Return G for a posterior's standard deviation, the inverse of `std`."""
+    """Return G for a posterior's standard deviation, the inverse of `std`.
+
+    Args:
+        std: any shape, not negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> root_of_std(jnp.array([0.25, 4.0])).round(3).tolist()
+        [0.5, 2.0]
+    """
     return jnp.sqrt(jnp.maximum(std - jnp.finfo(std.dtype).eps, 0))
 
 

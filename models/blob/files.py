@@ -31,6 +31,18 @@ def save(
     Raises:
         ImportError: without the package of that format.
         ValueError: where `params` are not those of `lora`, or for another format.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from probbp.models.blob import bayesian_lora
+        >>> network, base = lambda params, x: x @ params["w"], {"w": jnp.zeros((4, 2))}
+        >>> lora = bayesian_lora(network, base, target="w", example=(jnp.eye(4),), rank=2)
+        >>> params = {"w_loc": jnp.zeros((2, 4)), "w_g": jnp.ones((2, 4)), "w_B": jnp.ones((2, 2))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(lora, params, f"{folder}/adapter.safetensors")
+        ...     sorted(load(lora, f"{folder}/adapter.safetensors"))
+        ['w_B', 'w_g', 'w_loc']
     """
     _check_params(lora, {name: leaf.shape for name, leaf in params.items()}, "params")
     if format == "orbax":

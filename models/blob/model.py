@@ -46,7 +46,14 @@ class BayesianLora(NamedTuple):
 
 
 def categorical(logits: jax.Array) -> dist.Distribution:
-    """Return the likelihood of class labels, the default: logits (batch, classes)."""
+    """Return the likelihood of class labels, the default: logits (batch, classes).
+
+    Args:
+        logits: (batch, classes).
+
+    Returns:
+        A NumPyro distribution.
+    """
     return dist.Categorical(logits=logits)
 
 
@@ -252,6 +259,17 @@ def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Arr
     Args:
         lora: from `bayesian_lora`.
         params: of SVI.
+
+    Returns:
+        Names to scalars.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> network, base = lambda params, x: x @ params["w"], {"w": jnp.zeros((4, 2))}
+        >>> lora = bayesian_lora(network, base, target="w", example=(jnp.eye(4),), rank=2)
+        >>> params = {"w_loc": jnp.zeros((2, 4)), "w_g": jnp.ones((2, 4)), "w_B": jnp.ones((2, 2))}
+        >>> sorted(kl(lora, params))
+        ['w']
     """
     return {
         name: divergence(params[f"{name}_loc"], params[f"{name}_g"], lora.prior_scale)

@@ -57,6 +57,14 @@ def alternating(
 
     Raises:
         ValueError: for a cycle below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> rule = alternating(optax.adamw(1e-3), prior_scale=0.1, cycle=4)
+        >>> params = {"w_loc": jnp.zeros((2, 4)), "w_g": jnp.ones((2, 4)), "w_B": jnp.ones((3, 2))}
+        >>> state = rule.init(params)
+        >>> updates, state = rule.update(params, state, params)
     """
     if cycle < 1:
         raise ValueError(f"cycle must be at least 1, got {cycle}.")

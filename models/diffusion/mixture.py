@@ -20,6 +20,9 @@ def mixture(
         weights: (k,), summing to one.
         means: (k, d).
         covariances: (k, d, d), or (d, d) for all.
+
+    Returns:
+        A `MixtureSameFamily`. See `mixture_denoiser` for an example.
     """
     means = jnp.asarray(means, float)
     covariances = jnp.broadcast_to(jnp.asarray(covariances, float), (*means.shape, means.shape[1]))
@@ -38,6 +41,15 @@ def mixture_of(
         labels: (rows,), integers below `num_classes`, each of which occurs.
         num_classes: number of Gaussians.
         ridge: variance that is added in every direction.
+
+    Returns:
+        A `MixtureSameFamily`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, labels = jnp.array([[0.0], [1.0], [5.0], [7.0]]), jnp.array([0, 0, 1, 1])
+        >>> mixture_of(x, labels, 2, ridge=0.1).component_distribution.loc[:, 0].tolist()
+        [0.5, 6.0]
     """
     member = jax.nn.one_hot(labels, num_classes, dtype=x.dtype)
     counts = member.sum(0)
@@ -106,6 +118,16 @@ def mixture_posterior(
         matrix: (outputs, d).
         y: (outputs,).
         scale: standard deviation of the noise.
+
+    Returns:
+        A `MixtureSameFamily`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> data = mixture([0.5, 0.5], [[-2.0, 0.0], [2.0, 0.0]], jnp.eye(2))
+        >>> seen = mixture_posterior(data, jnp.array([[1.0, 0.0]]), jnp.array([2.0]), 1.0)
+        >>> seen.mixing_distribution.probs.round(2).tolist()
+        [0.02, 0.98]
     """
     gaussians = data.component_distribution
     covariances = gaussians.covariance_matrix

@@ -187,6 +187,21 @@ def tune(
     Reference:
         Dou et al., 2025, arXiv:2505.07477; a random step of each sample, instead of one for the
         batch, is ours.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from probbp.models import diffusion
+        >>> from probbp.ops import sdo
+        >>> network = diffusion.Denoiser((2,), width=8, num_blocks=1, rngs=nnx.Rngs(0))
+        >>> options = {"num_steps": 2, "batch_size": 4, "progress_bar": False}
+        >>> def loss_fn(x):
+        ...     return (x**2).mean()
+        >>> tuned = diffusion.tune(
+        ...     jax.random.key(1), network, loss_fn, (2,), sdo.linear(4), **options
+        ... )
+        >>> tuned.losses.shape
+        (2,)
     """
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     dtype = jnp.result_type(*jax.tree.leaves(params))

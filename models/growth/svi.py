@@ -87,6 +87,34 @@ def from_svi(
 
     Raises:
         ValueError: for layers that the model does not call.
+
+    Returns:
+        A `Host`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpyro
+        >>> import numpyro.distributions as dist
+        >>> import optax
+        >>> from numpyro.infer import Predictive
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from probbp.models.growth import grow, with_dendrites
+        >>> def model(x, y=None, *, layer):
+        ...     w = numpyro.sample("w", dist.Normal(0, 1).expand([2, 1]).to_event(2))
+        ...     with numpyro.plate("rows", len(x)):
+        ...         numpyro.sample("y", dist.Normal(layer("out", x, w)[:, 0], 0.1), obs=y)
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+        >>> y = jnp.tanh(2 * x[:, 0] * x[:, 1])
+        >>> host = from_svi(
+        ...     jax.random.key(1), model, optax.adam(0.05), x, y, layers=["out"], num_steps=20
+        ... )
+        >>> result = grow(jax.random.key(2), host, max_sets=1, max_epochs=3, progress_bar=False)
+        >>> grown = with_dendrites(model, result.dendrites)
+        >>> latents = Predictive(AutoNormal(grown), params=result.params, num_samples=5)
+        >>> draws = latents(jax.random.key(3), x, y)
+        >>> Predictive(grown, posterior_samples=draws)(jax.random.key(4), x[:7])["y"].shape
+        (5, 7)
     """
     search = Search(
         optax.adam(0.02) if search_optimiser is None else search_optimiser,

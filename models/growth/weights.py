@@ -27,8 +27,9 @@ def with_dendrites(
 ) -> Callable[..., Any]:
     """Return a NumPyro model whose layers have these dendrites, with random weights.
 
-    For predictions, `Predictive(grown, guide=AutoNormal(grown), params=result.params, ...)`, and
-    for MCMC, to which frozen dendrites are basis functions: exact, given which ones there are.
+    For predictions, and for MCMC, to which frozen dendrites are basis functions: exact, given which
+    ones there are. A guide such as `AutoNormal(grown)` is first called with the data that were
+    fitted, since it takes what is not observed then for latent; `from_svi` has an example.
 
     Args:
         model: `(*args, layer, **kwargs)`, as for `from_svi`.

@@ -77,6 +77,16 @@ def named_leaves(params: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: where two leaves have one name.
+
+    Args:
+        params: pytree of arrays.
+
+    Returns:
+        Names to leaves.
+
+    Example:
+        >>> sorted(named_leaves({"layers": [{"kernel": 1}, {"kernel": 2}]}))
+        ['layers.0.kernel', 'layers.1.kernel']
     """
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = {name_of(path): leaf for path, leaf in paths}

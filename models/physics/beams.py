@@ -25,6 +25,15 @@ def beam(confounder: str = "springs") -> Case:
 
     Raises:
         ValueError: for another confounder.
+
+    Returns:
+        A `Case`.
+
+    Example:
+        >>> import jax
+        >>> from probbp.models.physics import simulate
+        >>> simulate(jax.random.key(0), beam("offset"), 3).x.shape
+        (3, 32)
     """
     if confounder not in ("springs", "offset", "bow"):
         raise ValueError(f"confounder must be 'springs', 'offset' or 'bow', got {confounder!r}.")

@@ -26,6 +26,15 @@ def bridges() -> Case:
 
     The physics knows neither damage nor the vehicle's speed and weight; it is told how far the
     sensor is from its place.
+
+    Returns:
+        A `Case`.
+
+    Example:
+        >>> import jax
+        >>> from probbp.models.physics import simulate
+        >>> simulate(jax.random.key(0), bridges(), 3).x.shape
+        (3, 64)
     """
 
     def parts(values):

@@ -20,6 +20,9 @@ def oscillator() -> Case:
     temperature, k = 1 + 0.01 (20 - T) (domain), and another start (observed by no one). Mass and
     temperature enter by m / k alone, and the damping multiplies the physics, which no added
     residual represents: what can be identified is m / k, where the damping is small.
+
+    Returns:
+        A `Case`. See `simulate` for an example.
     """
 
     def response(factors):

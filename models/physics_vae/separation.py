@@ -34,6 +34,26 @@ def leakage(
     Returns:
         "physics" and "residual": variance within groups of each, at the encoder's mean, over that
         of x. They may add up to more than one where they cancel.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from numpyro import distributions as dist
+        >>> from probbp.models.physics_vae import continuous, physics_vae, svi
+        >>> times = jnp.linspace(0, 3, 8)
+        >>> def physics(parameters):
+        ...     return jnp.exp(-parameters["rate"] * times)
+        >>> c = jnp.tile(jnp.array([[0.0], [1.0]]), (8, 1))
+        >>> x = jax.vmap(physics)({"rate": jnp.linspace(0.5, 2, 16)}) + 0.2 * c
+        >>> vae = physics_vae(
+        ...     physics, {"rate": dist.LogNormal(0.0, 0.5)}, x, domain=continuous(c), domain_dim=1
+        ... )
+        >>> optimiser = svi(vae, optax.adam(1e-3), strength=0.0)
+        >>> result = optimiser.run(jax.random.key(0), 2, x, c, progress_bar=False)
+        >>> shares = leakage(vae, result.params, x.reshape(2, 8, 8))  # two groups of eight
+        >>> sorted(shares)
+        ['physics', 'residual']
     """
     flat = x.reshape(-1, x.shape[-1])
     inputs = None if known is None else known.reshape(-1, known.shape[-1])

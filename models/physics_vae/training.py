@@ -75,6 +75,14 @@ def dann_schedule(peak: float, num_steps: int, *, sharpness: float = 10.0) -> Sc
 
     Reference:
         Ganin et al., 2016, arXiv:1505.07818, section 5.2.2.
+
+    Returns:
+        `(step) -> strength`.
+
+    Example:
+        >>> schedule = dann_schedule(2.0, 100)
+        >>> [round(float(schedule(step)), 2) for step in (0, 10, 100)]
+        [0.0, 0.92, 2.0]
     """
 
     def schedule(step):
@@ -91,6 +99,14 @@ def cyclical_schedule(peak: float, period: int, *, ramp: float = 0.5) -> Schedul
         peak: the largest strength.
         period: steps of a cycle.
         ramp: share of the period in which it climbs.
+
+    Returns:
+        `(step) -> strength`.
+
+    Example:
+        >>> schedule = cyclical_schedule(1.0, period=100)
+        >>> [round(float(schedule(step)), 2) for step in (0, 25, 75, 100)]
+        [0.0, 0.5, 1.0, 0.0]
     """
     return lambda step: peak * jnp.minimum((step % period) / (ramp * period), 1.0)
 

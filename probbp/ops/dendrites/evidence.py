@@ -48,6 +48,12 @@ def joint_log_evidence_gain(
         gradient: g (n,).
         curvature: M (n, n).
         prior_scale: tau.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> alike = 10 * jnp.ones((2, 2))  # two dendrites that say the same
+        >>> round(float(joint_log_evidence_gain(jnp.array([10.0, 10.0]), alike, 1.0)), 2)
+        3.24
     """
     identity = jnp.eye(len(gradient), dtype=curvature.dtype)
     root = jnp.linalg.cholesky(identity + jnp.square(prior_scale) * curvature)
@@ -116,6 +122,12 @@ def prune(
         curvature: M (n, n), at the present weights.
         weight: v (n,).
         prior_scale: tau.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> curvature = 10 * jnp.eye(2)
+        >>> prune(jnp.zeros(2), curvature, jnp.array([1.0, 0.1]), 1.0).tolist()
+        [True, False]
     """
     return greedy(gradient + curvature @ weight, curvature, prior_scale)[0]
 
@@ -133,6 +145,12 @@ def laplace(
         gradient: g (n,), of the log likelihood at 0.
         curvature: H (n,), minus its second derivative.
         prior_scale: tau, the prior's standard deviation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> loc, scale = laplace(jnp.array([10.0]), jnp.array([3.0]), 1.0)
+        >>> float(loc[0]), float(scale[0])
+        (2.5, 0.5)
     """
     precision = curvature + 1 / jnp.square(prior_scale)
     return gradient / precision, jax.lax.rsqrt(precision)
@@ -158,6 +176,13 @@ def elbo_change(
         gradient: g (n,), the expectation under the rest of the posterior.
         curvature: H (n,), likewise.
         prior_scale: tau.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> zero, curvature = jnp.zeros(1), jnp.array([3.0])
+        >>> change = elbo_change(zero, jnp.array([0.5]), zero, curvature, 1.0)
+        >>> round(float(change[0]), 3)
+        -0.693
     """
     variance, prior = scale**2, jnp.square(prior_scale)
     divergence = (variance + loc**2) / (2 * prior) - 0.5 - jnp.log(scale) + jnp.log(prior) / 2

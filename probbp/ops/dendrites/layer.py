@@ -54,6 +54,14 @@ def empty(kernel: jax.Array, slots: int = 0) -> Dendrites:
     Args:
         kernel: the layer's, (m, n) or `(*window, m, n)`.
         slots: how many masked slots to lay out.
+
+    Raises:
+        ValueError: for a kernel with fewer than two axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> empty(jnp.ones((3, 2)), slots=4).weight.shape
+        (4, 2)
     """
     if kernel.ndim < 2:
         raise ValueError(
@@ -92,6 +100,13 @@ def grow(
 
     Raises:
         ValueError: where the shapes are not those of one layer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((3, 2))
+        >>> candidate = Candidate(kernel, jnp.zeros(2), jnp.zeros((0, 2)))
+        >>> grow(empty(kernel), candidate, mask=jnp.array([1, 0])).mask.tolist()
+        [[1.0, 0.0]]
     """
     slots, n = dendrites.bias.shape
     expected = dendrites.kernel.shape[1:], (n,), (slots, n)
@@ -118,6 +133,16 @@ def num_params(dendrites: Dendrites) -> jax.Array:
     """Return how many numbers the dendrites that are there consist of, cascade and weight included.
 
     For a dense layer with K of them everywhere it is K (m n + n) + K n + n K (K - 1) / 2.
+
+    Args:
+        dendrites: of one layer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((3, 2))
+        >>> candidate = Candidate(kernel, jnp.zeros(2), jnp.zeros((0, 2)))
+        >>> int(num_params(grow(empty(kernel), candidate)))
+        10
     """
     there = (dendrites.mask > 0).astype(jnp.int32)
     per_neuron = dendrites.kernel[0, ..., 0].size if dendrites.kernel.shape[0] else 0
@@ -141,6 +166,13 @@ def outputs(
         activation: phi.
         linear: `(x, kernel) -> s`, linear in the kernel; each neuron's column alone makes its s.
         axis: the neurons' axis in s.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((3, 2))
+        >>> candidate = Candidate(kernel, jnp.zeros(2), jnp.zeros((0, 2)))
+        >>> outputs(jnp.ones((5, 3)), grow(empty(kernel), candidate)).shape
+        (1, 5, 2)
     """
     slots = dendrites.kernel.shape[0]
     if not slots:
@@ -274,6 +306,16 @@ def conv_general_dilated(
 
     Raises:
         ValueError: where the kernel's outputs are not its last axis.
+
+    Returns:
+        As JAX's, and what the channels' dendrites add.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.ones((3, 3, 1, 2))
+        >>> images = jnp.ones((5, 8, 8, 1))
+        >>> conv_general_dilated(images, kernel, (1, 1), "SAME", None, empty(kernel)).shape
+        (5, 8, 8, 2)
     """
     if dimension_numbers[1][-1] != "O":
         raise ValueError(
@@ -325,6 +367,12 @@ def grown(
     Returns:
         `layer(name, x, kernel, bias=None, *, linear=jnp.matmul, axis=-1)`, with the last two as in
         `dense`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layer = grown({"out": empty(jnp.ones((3, 2)))}, freeze=True, perforate=True)
+        >>> layer("out", jnp.ones((5, 3)), jnp.ones((3, 2))).shape
+        (5, 2)
     """
 
     def layer(name, x, kernel, bias=None, *, linear=jnp.matmul, axis=-1):

@@ -78,6 +78,15 @@ def sensitivities(
 
     Returns:
         r (columns, examples, ..., n) of each layer, by name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probbp.ops.dendrites import grown
+        >>> def network(layer):
+        ...     return layer("out", jnp.ones((5, 3)), jnp.ones((3, 2)))
+        >>> factor = jnp.tile(jnp.eye(2) / 0.5, (5, 1, 1))  # a Gaussian of scale 0.5
+        >>> sensitivities(network, grown({}), factor)["out"].shape
+        (2, 5, 2)
     """
     probed, probes = _probed(fun, layer, False)
     _, transpose = jax.vjp(lambda probes: probed(probes)[0], probes)

@@ -23,6 +23,12 @@ def covariance(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = No
         d: the dendrites' outputs (rows, n).
         errors: of their neurons, as `d`.
         curvature: not used.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> d, errors = jnp.array([[0.0], [1.0], [1.0]]), jnp.array([[1.0], [-1.0], [0.0]])
+        >>> round(float(covariance(d, errors)[0]), 3)
+        0.408
     """
     d, errors = _rows(d), _rows(errors)
     centred = errors - errors.mean(0)
@@ -36,6 +42,12 @@ def correlation(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = N
         d: the dendrites' outputs (rows, n).
         errors: of their neurons, as `d`.
         curvature: not used.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> d, errors = jnp.array([[0.0], [1.0], [1.0]]), jnp.array([[1.0], [-1.0], [0.0]])
+        >>> round(float(correlation(d, errors)[0]), 3)
+        0.866
     """
     d = _rows(d)
     return covariance(d, errors) / _floored(d - d.mean(0))
@@ -51,6 +63,12 @@ def gain(d: jax.Array, errors: jax.Array, curvature: jax.Array | None = None) ->
         d: the dendrites' outputs (rows, n).
         errors: of their neurons, as `d`.
         curvature: h of the loss in z, as `d`. Without it the squared errors stand for it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> d, errors = jnp.array([[0.0], [1.0], [1.0]]), jnp.array([[1.0], [-1.0], [0.0]])
+        >>> round(float(gain(d, errors, curvature=jnp.ones((3, 1)))[0]), 3)
+        0.083
     """
     d, errors = _rows(d), _rows(errors)
     curvature = errors**2 if curvature is None else _rows(curvature)
@@ -66,6 +84,12 @@ def contributions(d: jax.Array, errors: jax.Array) -> jax.Array:
     Args:
         d: (examples, ..., n).
         errors: as d, or with one more axis in front, as `sensitivities` gives them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> d, errors = jnp.array([[0.0], [1.0], [1.0]]), jnp.array([[1.0], [-1.0], [0.0]])
+        >>> contributions(d, errors)[:, 0].tolist()
+        [0.0, -1.0, 0.0]
     """
     products = errors * d
     positions = tuple(range(products.ndim - d.ndim + 1, products.ndim - 1))

@@ -45,6 +45,9 @@ def rows(
         dendrites: those of the layer at that time.
         activation: theirs.
         curvature: as the errors; by default their square, the empirical Fisher information.
+
+    Returns:
+        The `Rows` that `search` takes, the windows of a convolution flat.
     """
     inputs = observation.inputs.reshape(-1, observation.inputs.shape[-1])
     errors = observation.errors.reshape(-1, observation.errors.shape[-1])
@@ -59,6 +62,13 @@ def preactivation(candidate: Candidate, inputs: jax.Array, previous: jax.Array) 
         candidate: its kernel (m, n).
         inputs: (..., m).
         previous: (slots, ..., n), the outputs of the dendrites that are there.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probbp.ops.dendrites import Candidate
+        >>> candidate = Candidate(jnp.ones((3, 2)), jnp.zeros(2), jnp.zeros((0, 2)))
+        >>> preactivation(candidate, jnp.ones((1, 3)), jnp.zeros((0, 1, 2))).tolist()
+        [[3.0, 3.0]]
     """
     s = inputs @ candidate.kernel + candidate.bias
     return s + jnp.einsum("kn,k...n->...n", candidate.cascade, previous)
@@ -122,6 +132,22 @@ def search(
     Reference:
         Fahlman & Lebiere, 1989; Brenner & Itti, 2025, arXiv:2501.18018. Evci et al., 2022,
         arXiv:2201.05125, choose incoming weights by the gradient that a new unit brings.
+
+    Example:
+        A neuron that ignores where its two inputs meet.
+
+        >>> import jax
+        >>> import optax
+        >>> from probbp.ops.dendrites import empty, grown, observe
+        >>> x, kernel = jax.random.normal(jax.random.key(0), (200, 2)), jnp.zeros((2, 1))
+        >>> def loss(layer):
+        ...     return jnp.sum((layer("out", x, kernel)[:, 0] - x[:, 0] * x[:, 1]) ** 2) / 2
+        >>> _, observed = observe(loss, grown({}))
+        >>> seen = rows(observed["out"], empty(kernel))
+        >>> train, held = (jax.tree.map(lambda a, p=p: a[..., p::2, :], seen) for p in (0, 1))
+        >>> found = search(jax.random.key(1), train, held, optax.adam(0.05), num_steps=20)
+        >>> found.candidate.kernel.shape
+        (2, 1)
     """
     mean = train.inputs.mean(0)
     # No row is further than 5 from the mean, so that inputs that hardly vary are not blown up.
@@ -188,7 +214,17 @@ def search(
 
 
 def flat(dendrites: Dendrites) -> Dendrites:
-    """Return the dendrites of a convolution as those of a dense layer of its windows."""
+    """Return the dendrites of a convolution as those of a dense layer of its windows.
+
+    Args:
+        dendrites: of a layer with kernels `(*window, m, n)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from probbp.ops.dendrites import empty
+        >>> flat(empty(jnp.ones((3, 3, 4, 2)), slots=1)).kernel.shape
+        (1, 36, 2)
+    """
     slots, *window, n = dendrites.kernel.shape
     size = math.prod(window)
     return dendrites._replace(kernel=dendrites.kernel.reshape(slots, size, n))

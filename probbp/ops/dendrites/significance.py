@@ -23,6 +23,14 @@ def score_test(d: jax.Array, errors: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
         T (n,) and the p-values (n,). A dendrite that says nothing has T = 0.
+
+    Example:
+        >>> import jax
+        >>> keys = jax.random.split(jax.random.key(0))
+        >>> d, errors = (jax.random.normal(key, (500, 3)) for key in keys)
+        >>> statistic, p_values = score_test(d, errors - 0.5 * d)
+        >>> bool((p_values < 1e-6).all())
+        True
     """
     each = contributions(d, errors)
     largest = jnp.max(jnp.abs(each), 0)
@@ -45,6 +53,13 @@ def orthogonalise(d: jax.Array, inputs: jax.Array, curvature: jax.Array | None =
 
     Returns:
         As d.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jax.random.normal(jax.random.key(0), (50, 2))
+        >>> bool(jnp.allclose(orthogonalise(x @ jnp.ones((2, 1)) + 3, x), 0, atol=1e-4))
+        True
     """
     rows, flat = inputs.reshape(-1, inputs.shape[-1]), d.reshape(-1, d.shape[-1])
     ridge = 1e-4 if d.dtype == jnp.float32 else 1e-10

@@ -185,6 +185,15 @@ def dot_general(
         dimension_numbers: as in JAX.
         feedback: of the kernel's shape.
         **options: JAX's others, such as `precision` and `preferred_element_type`.
+
+    Returns:
+        As JAX's.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> layer = nn.Dense(2, dot_general=partial(dot_general, feedback=jnp.ones((3, 2))))
     """
     op = partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
     return through(op, lhs, rhs, feedback)
@@ -203,5 +212,14 @@ def einsum(
         kernel: the weights.
         feedback: of the kernel's shape.
         **options: JAX's others, such as `precision`.
+
+    Returns:
+        As JAX's.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, kernel = jnp.ones((2, 5, 3)), jnp.ones((3, 4, 6))
+        >>> einsum("btn,nhd->bthd", x, kernel, feedback=jnp.ones((3, 4, 6))).shape
+        (2, 5, 4, 6)
     """
     return through(partial(jnp.einsum, subscripts, **options), x, kernel, feedback)

@@ -87,6 +87,16 @@ def redrawn(rng_key: jax.Array, kernels: Tree) -> Tree:
 
     Reference:
         Liao, Leibo & Poggio, 2016, arXiv:1510.05067.
+
+    Returns:
+        As `kernels`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> kernels = {"first": jnp.array([[1.0, -2.0]])}
+        >>> jnp.sign(redrawn(jax.random.key(0), kernels)["first"]).tolist()
+        [[1.0, -1.0]]
     """
     return fixed_magnitude(kernels, normal(rng_key, kernels))
 

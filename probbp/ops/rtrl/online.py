@@ -63,6 +63,18 @@ def attach(carry: Tree, sensitivity: Tree, params: Tree) -> Tree:
         carry: pytree of arrays.
         sensitivity: as `advance` returns it.
         params: what the derivative is with respect to.
+
+    Returns:
+        `carry`, as it is.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> xs, zero = jnp.arange(6.0), jnp.zeros(())
+        >>> mean, slope = advance(lambda r, m, x: m + r * (x - m), 0.5, zero, None, xs)
+        >>> grad = jax.grad(lambda rate: attach(mean, slope, rate) ** 2)(0.5)
+        >>> bool(jnp.allclose(grad, 2 * mean * slope))
+        True
     """
 
     def linear(value, jacobian):

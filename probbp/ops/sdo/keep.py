@@ -10,6 +10,13 @@ class Last(NamedTuple):
 
     Attributes:
         num_steps: how many.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probbp.ops import sdo
+        >>> schedule = sdo.linear(10)
+        >>> x = sdo.sample(lambda x, t: x, jnp.ones((1, 2)), schedule, keep_step=Last(3))
     """
 
     num_steps: int
@@ -20,6 +27,13 @@ class Subset(NamedTuple):
 
     Attributes:
         probability: p, in (0, 1]. 1 is the exact derivative.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from probbp.ops import sdo
+        >>> options = {"keep_step": Subset(0.5), "rng_key": jax.random.key(0)}
+        >>> x = sdo.sample(lambda x, t: x, jnp.ones((1, 2)), sdo.linear(10), **options)
     """
 
     probability: float

@@ -176,7 +176,7 @@ def in_series(spectrum: jax.Array) -> jax.Array:
     rank 0, which would cut the network, as long as each can have one direction. The sum of errors
     cuts it at small budgets. It is a heuristic that does not bound the error at the end, and worth
     little on small networks: of digits the accuracy is within 2.5 points of that of equal ranks at
-    the same cost, above and below (`examples/papers/dsbp_compression.py`).
+    the same cost, above and below (`examples/papers/dsbp_truncation.py`).
 
     Args:
         spectrum: (k,), falling: `Truncation.spectrum`.
@@ -274,7 +274,7 @@ def select_units(
     least squares fit to its old outputs, whatever its kernel. Units that never fire, or never
     change, come last. Of digits 64-128-128-10, 16 and 16 units keep an accuracy of 93.3 % of 97.3 %
     without training; the largest weights 84.2 % with the same refit, 29.0 % without, and as much as
-    ours at 64 (`examples/papers/dsbp_compression.py`).
+    ours at 64 (`examples/papers/dsbp_truncation.py`).
 
     Args:
         activations: (..., d), after the nonlinearity: all axes but the last are examples. More

@@ -152,7 +152,7 @@ def mahalanobis(seen: Reference, activations: jax.Array) -> jax.Array:
     It sees what is too far, and takes what is too near for better than usual: of digits at half
     their light the area under the ROC is 30 %, where the length of activations tells all; of noise,
     another contrast or turned digits it is 99 % and more, where largest softmax probabilities give
-    64 to 75 % (`examples/papers/dsbp_compression.py`).
+    64 to 75 % (`examples/papers/dsbp_transfer.py`).
 
     Args:
         seen: the reference.
@@ -160,6 +160,12 @@ def mahalanobis(seen: Reference, activations: jax.Array) -> jax.Array:
 
     Returns:
         (...,). On reference data it is d on average.
+
+    Example:
+        >>> import jax
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 3))
+        >>> round(float(mahalanobis(reference(x, rank=1), x).mean()), 1)
+        3.0
     """
     inside, outside = _split(seen, activations)
     return jnp.sum(inside**2 / seen.variances, axis=-1) + outside / seen.noise
@@ -170,7 +176,7 @@ def p_value(seen: Reference, activations: jax.Array) -> jax.Array:
 
     It is uniform where activations are Gaussian with the reference's moments. Those of a network
     are not, relu's least of all, and moments are estimated: of held-out digits 29 % are below 5 %
-    (`examples/papers/dsbp_compression.py`). Where the level must hold, rank the distances among
+    (`examples/papers/dsbp_transfer.py`). Where the level must hold, rank the distances among
     those of held-out data in place of it: of the same digits 5 %.
 
     Args:
@@ -215,6 +221,17 @@ def energy_outside(seen: Reference, activations: jax.Array) -> jax.Array:
     Args:
         seen: the reference.
         activations: (..., d).
+
+    Returns:
+        (...,).
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jax.random.normal(jax.random.key(0), (10_000, 3)) * jnp.array([1.0, 5.0, 1.0])
+        >>> new = jnp.array([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]])
+        >>> energy_outside(reference(x, rank=1), new).round(1).tolist()
+        [0.0, 1.0]
     """
     inside, outside = _split(seen, activations)
     total = jnp.sum(inside**2, axis=-1) + outside

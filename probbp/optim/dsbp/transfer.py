@@ -70,7 +70,7 @@ def laplace(
     exactly; then a target task with this prior has the posterior of both tasks' data together.
     From upright digits to 1 to 10 labels a class of digits turned by 15 degrees, it is within 1.5
     points of L2-SP on the target, and after it keeps 94 to 95 % on the source, where L2-SP keeps 86
-    to 89 % (`examples/papers/dsbp_compression.py`, both tuned); turned by 40 degrees, learning from
+    to 89 % (`examples/papers/dsbp_transfer.py`, both tuned); turned by 40 degrees, learning from
     scratch beats both on the target.
 
     The eigenpairs are those of `leading_eigenpairs`: well separated ones are found first. Raise
@@ -132,6 +132,15 @@ def tempered(prior: Prior, weight: jax.Array | float) -> Prior:
     Args:
         prior: any.
         weight: positive.
+
+    Returns:
+        A `Prior`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> prior = Prior(jnp.zeros(2), jnp.array([[1.0, 0.0]]), jnp.array([3.0]), jnp.array(1.0))
+        >>> float(penalty(tempered(prior, 0.5), jnp.ones(2)))
+        1.25
     """
     return prior._replace(curvatures=weight * prior.curvatures, rest=weight * prior.rest)
 
@@ -283,7 +292,7 @@ def protect(directions: Tree) -> optax.GradientTransformationExtraArgs:
 
     Five tasks of two digits each, one after the other, have 98.0 % accuracy at the end with a share
     of 0.9 in `used_directions`, and 96.9 % with 0.999, where less is forgotten and less room left;
-    without, 87.9 % (`examples/papers/dsbp_compression.py`).
+    without, 87.9 % (`examples/papers/dsbp_transfer.py`).
 
     **It stands last** among what changes an update's direction: Adam's scaling, weight decay, noise
     or an elementwise clip after it would leave the subspace again. What comes after may only scale

@@ -151,7 +151,7 @@ def truncate(
 
     With both hidden layers of digits 64-128-128-10 at rank 8, accuracy is 93.4 % where that of a
     plain truncation is 89.7 % and the whole network's 97.3 %; at rank 32 half a point is left of it
-    (`examples/papers/dsbp_compression.py`, its bias as follows).
+    (`examples/papers/dsbp_truncation.py`, its bias as follows).
 
     A bias stays as it is. It can also take the mean's error away: give the moment of the inputs
     less their mean, and add `mean @ (kernel - left @ right)` to the bias. No kernel of this rank
@@ -238,7 +238,7 @@ def end_to_end_bound(
         \sum_l \sqrt{\epsilon_l} \prod_{j > l} c \|\tilde K_j\|_2 ,
 
     a theorem for the inputs from which the moments are, exact for one layer. It takes the worst
-    direction in every layer, and is loose for deep networks: `examples/papers/dsbp_compression.py`
+    direction in every layer, and is loose for deep networks: `examples/papers/dsbp_truncation.py`
     prints it beside the error measured.
 
     Args:
@@ -250,6 +250,16 @@ def end_to_end_bound(
 
     Raises:
         ValueError: for convolutions: the norm of a kernel is not that of its convolution.
+
+    Returns:
+        The bound, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> moment = second_moment(jnp.eye(2))
+        >>> low = truncate(jnp.diag(jnp.array([2.0, 1.0])), moment, rank=1)
+        >>> round(float(end_to_end_bound([low, low])), 3)
+        2.121
     """
     if any(layer.left.ndim != 2 for layer in layers):
         raise ValueError(
