@@ -11,12 +11,8 @@ digits, half of them for training; Adam with a cosine decay, batches of 128.
 - latency code: every pixel fires once in 16 steps, the sooner the brighter. So all inputs have one
   rate, and by rates the first layer learns nothing of its inputs. "readout" trains the last layer
   alone.
-- Bayes: a mean-field posterior over the weights of a dense network of 64-128-10, fitted by SVI with
-  gradients by rates, at temperature 1 and at the one of four with which a fit to three quarters of
-  the labels predicts the last quarter best. Beside it the point estimate with weight decay, that
-  with its logits divided by a number found on the same quarter, and an ensemble of three. With 200
-  labels, so that there is something to be uncertain about; predictions average 32 draws. NLL and
-  the expected calibration error (ECE, 15 bins) on test images.
+
+Posteriors are in `rate_posteriors.py`.
 
     python examples/papers/rate.py [--fast]
 
@@ -29,20 +25,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from _evidence import above, below, exact, over_seeds
 from _papers import RATE
 from _results import panels, parsed, parser, write
+from _spiking import BATCH, cross_entropy, digits, fit_with, mean_and_error, train
 from flax import nnx
-from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from probbp.diagnostics import expected_calibration_error, negative_log_likelihood
 from probbp.models import snn
 from probbp.ops import rate
 
-BATCH = 128
 LATENCY_STEPS = 16
 
 
@@ -88,14 +80,6 @@ def main():
         cells = [mean_and_error([accuracies[arm] for accuracies, _ in results]) for arm in arms]
         print(f"{title:32s}" + "".join(f"{cell:>16s}" for cell in cells), flush=True)
 
-    print(f"\n{'Bayes, 200 labels':32s}{'accuracy':>16s}{'NLL':>18s}{'ECE %':>16s}")
-    temperatures = (0.1,) if fast else (0.3, 0.1, 0.03, 0.01)
-    results = [bayes(seed, epochs, temperatures) for seed in bar(seeds, desc="Bayes")]
-    for arm in results[0]:
-        rows = np.array([result[arm] for result in results])
-        bayes_row(arm, rows)
-        if arm != "posterior":
-            bayes_row("  posterior - this", np.array([r["posterior"] for r in results]) - rows)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
     def accuracy(title, arm):
@@ -216,47 +200,6 @@ def latency(x):
 # Training and testing.
 
 
-def fit_with(run, is_trained=lambda path: True, learning_rate=1e-3, weight_decay=0.0):
-    """Return a compiled function that trains a network."""
-
-    @partial(jax.jit, static_argnums=0)
-    def fit(graph, params, rest, x, y, batches):
-        optimiser = optax.adamw(
-            optax.cosine_decay_schedule(learning_rate, len(batches)), weight_decay=weight_decay
-        )
-
-        def loss(params, rest, x, y):
-            network = nnx.merge(graph, params, rest, copy=True)
-            logits = run(network, x)
-            *_, rest = nnx.split(network, nnx.Param, ...)
-            return cross_entropy(logits, y).mean(), rest
-
-        def step(carry, batch):
-            params, state, rest = carry
-            grad, rest = jax.grad(loss, has_aux=True)(params, rest, x[batch], y[batch])
-            grad = jax.tree_util.tree_map_with_path(lambda path, g: g * is_trained(path), grad)
-            updates, state = optimiser.update(grad, state, params)
-            return (optax.apply_updates(params, updates), state, rest), None
-
-        (params, _, rest), _ = jax.lax.scan(step, (params, optimiser.init(params), rest), batches)
-        return params, rest
-
-    return fit
-
-
-def train(arm, seed, x, y, epochs):
-    """Return the trained network."""
-    make, _, fit = arm
-    graph, params, rest = nnx.split(make(seed), nnx.Param, ...)
-    rng = np.random.default_rng(seed)
-    size = min(BATCH, len(x) // 2)
-    order = np.concatenate(
-        [rng.permutation(len(x))[: len(x) // size * size] for _ in range(epochs)]
-    )
-    params, rest = fit(graph, params, rest, x, y, jnp.asarray(order.reshape(-1, size)))
-    return nnx.merge(graph, params, rest, copy=True)
-
-
 def compare(arms, seed, epochs):
     """Return the test accuracy of each arm, and the least cosine of the first two at the start."""
     x, y, x_test, y_test = digits(seed)
@@ -294,93 +237,6 @@ def memory_of(gradient, num_steps):
     parts = nnx.split(make(0), nnx.Param, ...)
     compiled = slope.lower(run, *parts, x[:BATCH], y[:BATCH]).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
-
-
-def bayes(seed, epochs, temperatures):
-    """Return (accuracy, NLL, ECE) on test images for each way to predict."""
-    x, y, x_test, y_test = digits(seed)
-    x, y = x[:200], y[:200]
-    epochs = 5 * epochs
-    arm = (*dense_arm(rate.constant, 8, sizes=(64, 128, 10))[:2], POINT_FIT)
-    run = arm[1]
-    members = [train(arm, 100 * seed + member, x, y, epochs) for member in range(3)]
-    log_probs = [jax.nn.log_softmax(run(member, x_test)) for member in members]
-    held_out = train(arm, 100 * seed, x[:150], y[:150], epochs)
-    held_out_logits = run(held_out, x[150:])
-    divisors = jnp.geomspace(0.2, 5, 60)
-    losses = jax.vmap(lambda t: cross_entropy(held_out_logits / t, y[150:]).mean())(divisors)
-    best = divisors[jnp.argmin(losses)]
-
-    rng_key = jax.random.key(seed)
-    quarter = {}
-    for temperature in temperatures:
-        held_out = posterior(rng_key, x[:150], y[:150], x[150:], temperature, 10 * epochs)
-        quarter[temperature] = negative_log_likelihood(jnp.exp(held_out), y[150:])
-    coldest = min(quarter, key=quarter.__getitem__)
-    predicted = {
-        name: posterior(rng_key, x, y, x_test, temperature, 10 * epochs)
-        for name, temperature in {"posterior": coldest, "posterior, T = 1": 1.0}.items()
-    }
-    return {
-        **{name: scores(log_probs, y_test) for name, log_probs in predicted.items()},
-        "point": scores(log_probs[0], y_test),
-        "point, temperature": scores(jax.nn.log_softmax(log_probs[0] / best), y_test),
-        "ensemble of 3": scores(
-            jax.nn.logsumexp(jnp.stack(log_probs), axis=0) - jnp.log(3), y_test
-        ),
-    }
-
-
-def posterior(rng_key, x, y, x_new, temperature, num_steps):
-    """Return the log probabilities of new images, by 32 draws of the weights."""
-    network = snn.MLP((64, 128, 10), rngs=nnx.Rngs(0))
-    model = partial(snn.model, network=network, temperature=temperature)
-    guide = snn.guide(model, network)
-    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
-    svi = SVI(model, guide, optimiser, TraceMeanField_ELBO())
-    result = svi.run(rng_key, num_steps, x, y, progress_bar=False)
-    predict = Predictive(model, guide=guide, params=result.params, num_samples=32)
-    log_probs = jax.nn.log_softmax(predict(rng_key, x_new)["logits"])
-    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(32)
-
-
-POINT_FIT = fit_with(
-    lambda network, x: rate.simulate(network, rate.constant(x), 8), weight_decay=1e-2
-)
-
-
-def digits(seed):
-    """Return half of the images, their labels, and the other half; pixels between 0 and 2."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    images, labels = jnp.asarray(images[order] / 8, jnp.float32), jnp.asarray(labels[order])
-    half = len(labels) // 2
-    return images[:half], labels[:half], images[half:], labels[half:]
-
-
-def cross_entropy(logits, y):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
-
-
-def scores(log_probs, y):
-    accuracy = 100 * jnp.mean(jnp.argmax(log_probs, -1) == y)
-    probs = jnp.exp(log_probs)
-    return (
-        float(accuracy),
-        float(negative_log_likelihood(probs, y)),
-        100 * float(expected_calibration_error(probs, y)),
-    )
-
-
-def mean_and_error(values, digits=2):
-    values = np.asarray(values)
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
-
-
-def bayes_row(title, rows):
-    cells = [mean_and_error(rows[:, i], digits) for i, digits in enumerate((2, 3, 2))]
-    print(f"{title:32s}{cells[0]:>16s}{cells[1]:>18s}{cells[2]:>16s}", flush=True)
 
 
 def report(title, results):
