@@ -87,7 +87,9 @@ SAMPLERS = {
     f"mala, {policy}": partial(probbp.mala, key_policy=policy)
     for policy in ("carried", "refreshed", "shared")
 } | {name: getattr(probbp, name) for name in ("fmala", "line_fmala", "pc_fmala", "pc_line_fmala")}
-OWN_ESTIMATE = Refused("makes its own along its tangents", TypeError, "mala alone takes an estim")
+OWN_ESTIMATE = Refused(
+    "the sampler makes its own gradient, along its tangents", TypeError, "mala alone takes an estim"
+)
 ESTIMATOR_BY_SAMPLER = {
     field: {name: "exact" if "mala, " in name else OWN_ESTIMATE for name in SAMPLERS}
     for field in FIELDS
@@ -498,22 +500,29 @@ TABLES = {
 
 
 def page(text):
-    """Return the page with the tables between its markers."""
+    """Return the page with the tables between its markers, and reasons below them by number."""
     before, rest = text.split("<!-- matrix -->")
     _, after = rest.split("<!-- /matrix -->")
+    reasons: dict[str, int] = {}
     parts = []
     for corner, table in TABLES.items():
         columns = list(next(iter(table.values())))
         rows = [[corner, *columns], ["---"] * (len(columns) + 1)]
         for row, by_column in table.items():
-            said = (
-                f"refused: {cell.reason}" if isinstance(cell, Refused) else cell
-                for cell in by_column.values()
-            )
+            said = []
+            for cell in by_column.values():
+                word, _, reason = (
+                    ("refused", "", cell.reason)
+                    if isinstance(cell, Refused)
+                    else cell.partition(": ")
+                )
+                number = reasons.setdefault(reason, len(reasons) + 1) if reason else ""
+                said.append(f"{word} [{number}]" if reason else word)
             rows.append([row, *said])
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     laws = "\n".join(f"- *{law}*: {words}." for law, words in LAWS.items())
-    tables = "\n\n".join([*parts, laws])
+    why = "\n".join(f"- [{number}] {reason}." for reason, number in reasons.items())
+    tables = "\n\n".join([*parts, f"{laws}\n{why}"])
     return f"{before}<!-- matrix -->\n\n{tables}\n\n<!-- /matrix -->{after}"
 
 

@@ -51,7 +51,7 @@ def table(results: dict[str, dict | None]) -> str:
         held = [check["holds"] for check in result["checks"]]
         link = f"[arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
         rows.append([
-            f"{paper['title']} ({paper['authors']}, {link})",
+            f"{paper['authors']}, {link}",
             result["claim"],
             result["setting"],
             shown(result["ours"]),
