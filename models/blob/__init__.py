@@ -19,10 +19,10 @@ from probbp.models.blob.model import (
     bayesian_lora,
     categorical,
     kl,
-    svi,
 )
 from probbp.models.blob.prediction import merge, predict, to_arviz
 from probbp.models.blob.rule import AlternatingState, alternating, rescaled_cycle
+from probbp.models.blob.training import svi
 
 __all__ = [
     "AlternatingState",
