@@ -42,7 +42,7 @@ REGRESSIONS = (LINEAR, "Gaussian process", "multilayer perceptron")
 def main():
     arguments = parsed(parser(__doc__))
     fast = arguments.fast
-    num_records, num_seeds, num_steps = (256, 2, 20) if fast else (1024, 4, 3000)
+    num_records, num_seeds, num_steps = (256, 2, 20) if fast else (1024, 4, 2200)
     start = time.perf_counter()
     with tqdm(total=4) as bar:
         scores = bridges(num_records, num_seeds, num_steps, bar)
