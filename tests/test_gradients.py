@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from jax import stages
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from probbp.diagnostics import gradient_quality, plot_gradient_quality
 from probbp.estimators import averaged, forward, reverse, through
@@ -196,6 +198,32 @@ def test_loops_of_dynamic_length_are_compared_with_forward_mode():
     assert quality.biased == ()
     assert quality.leaves["a"].norm == pytest.approx(64 * np.sqrt(3))
     assert quality.flops_ratio > 0
+
+
+def test_operations_without_a_transpose_are_compared_with_forward_mode():
+    """JAX refuses them by `NotImplementedError`, and loops by `ValueError`."""
+    double = Primitive("double")
+    double.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(double, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+    ad.defjvp(double, lambda tangent, x: double.bind(tangent))
+    batching.defvectorized(double)
+
+    def fun(p):
+        return jnp.sum(double.bind(p))
+
+    with pytest.raises(NotImplementedError):
+        jax.jit(jax.grad(fun)).lower(jnp.ones(3))
+    quality = gradient_quality(jax.random.key(8), forward(2), fun, jnp.ones(3), num_keys=200)
+    assert quality.reference == "forward mode"
+    assert quality.biased == ()
+
+
+def test_what_cannot_be_differentiated_at_all_keeps_its_own_error():
+    def fun(p):
+        return jnp.sum(p * jax.lax.rng_uniform(p[0], p[1], (2,)))
+
+    with pytest.raises(NotImplementedError, match="rng_uniform"):
+        gradient_quality(jax.random.key(8), forward(2), fun, jnp.ones(2), num_keys=2)
 
 
 def test_another_function_may_be_the_reference():

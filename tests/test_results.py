@@ -86,6 +86,18 @@ def test_the_table_in_readme_is_that_of_the_stored_results(monkeypatch):
     assert inside == table.table(stored)
 
 
+@pytest.mark.parametrize(("high", "labels"), [(30.0, ["5", "10", "20"]), (3000.0, None)])
+def test_short_logarithmic_axes_have_plain_numbers(high, labels, monkeypatch):
+    results = load(PAPERS, "_results", monkeypatch)
+    figure, (ax,) = results.panels(1)
+    ax.set(xscale="log", xlim=(3.0, high))
+    results.number_short_log_axes(figure)
+    seen = [
+        label.get_text() for label in ax.get_xticklabels() if 3 <= label.get_position()[0] <= high
+    ]
+    assert seen == labels if labels else all("10^" in label for label in seen)
+
+
 # ---------------------------------------------------------------------------------------
 # The runner, on a copy with two scripts that do nothing but leave a result.
 

@@ -25,7 +25,7 @@ arms; intervals are 95 % of Student's t over seeds, and differences are paired.
   the default of `probbp.models.growth`.
 - random: frozen dendrites that nobody sought.
 
-Growth inside SVI is in `dendrites_svi.py`. About eight minutes on two cores.
+Growth inside SVI is in `dendrites_svi.py`.
 """
 
 import time

@@ -8,7 +8,7 @@ nothing asks: the steps it took are printed.
 
     python examples/papers/dendrites_svi.py [--fast]
 
-Five seeds, some three minutes on two cores.
+Five seeds.
 """
 
 import time

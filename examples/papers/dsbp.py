@@ -20,8 +20,6 @@ A second table fine-tunes a net of upright digits to 150 digits turned by a quar
 the projections of the same rank stand side by side. MAML is in `examples/papers/dsbp_meta.py`.
 
     python examples/papers/dsbp.py [--fast]
-
-Some eight minutes on two cores.
 """
 
 import os

@@ -12,7 +12,7 @@ backpropagation; `probbp.optim.dsbp.meta` is our form of it. Here:
 
     python examples/papers/dsbp_meta.py [--fast]
 
-Means and standard deviations over seeds. Some four minutes on two cores.
+Means and standard deviations over seeds.
 """
 
 import time

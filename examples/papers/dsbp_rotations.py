@@ -10,7 +10,7 @@ backpropagation; `probbp.optim.dsbp.rotations` and `geodesics` are our form of i
 
     python examples/papers/dsbp_rotations.py [--fast]
 
-Means and standard deviations over seeds. Some five minutes on two cores.
+Means and standard deviations over seeds.
 """
 
 import time

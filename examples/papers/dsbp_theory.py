@@ -10,7 +10,7 @@ differential equation and by a PAC-Bayes bound. `probbp.optim.dsbp.modified_equa
 
     python examples/papers/dsbp_theory.py [--fast]
 
-Means and standard deviations over five splits. Some five minutes on two cores.
+Means and standard deviations over five splits.
 """
 
 import time

@@ -13,7 +13,7 @@ against the paper's own figures. Smaller networks are in `dsbp_truncation.py`.
 
 Handwritten digits (scikit-learn's, 1,797 of 8 x 8 pixels). Mean and standard deviation over eight
 seeds, each with its own split and start; what has a strength is tuned on validation data, for each
-arm from as many values. Single precision, some seven minutes on two cores.
+arm from as many values. Single precision.
 """
 
 import itertools

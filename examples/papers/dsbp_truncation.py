@@ -12,7 +12,7 @@ against the paper's own figures. Transfer is in `dsbp_transfer.py`.
 
 Handwritten digits (scikit-learn's, 1,797 of 8 x 8 pixels) and a table of tumours; mean and standard
 deviation over eight seeds, each with its own split and start. What decides on the claim is an
-eighth of the ranks, or of the units. Single precision, some five minutes on two cores.
+eighth of the ranks, or of the units. Single precision.
 """
 
 import itertools

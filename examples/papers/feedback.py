@@ -13,7 +13,7 @@ away from zero at any width.
 2. ReLU and tanh networks: error beside the theorem's bound, alignment over the width.
 
 What the rules are worth in practice is in `feedback_rules.py`. Intervals are 95 % of the mean over
-seeds, by Student's t. Single precision, some three minutes on two cores.
+seeds, by Student's t. Single precision.
 """
 
 import time

@@ -12,8 +12,7 @@ weights (`feedback.py`). Such a rule is of use where it learns about as well as 
 3. Hamiltonian Monte Carlo of a Bayesian network with the error sent back through feedback weights:
    exact, and how slow.
 
-Intervals are 95 % of the mean over seeds, by Student's t. Single precision, some three minutes on
-two cores.
+Intervals are 95 % of the mean over seeds, by Student's t. Single precision.
 """
 
 import time

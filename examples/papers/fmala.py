@@ -6,8 +6,6 @@ from their scripts: a random walk is among the samplers, and MALA keeps the grad
 point (theirs computes it again). Larger models are in `fmala_posteriors.py`.
 
     python examples/papers/fmala.py [--fast]
-
-Some four minutes on two cores.
 """
 
 from functools import partial

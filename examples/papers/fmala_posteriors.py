@@ -7,8 +7,6 @@ scripts: a random walk is among the samplers, MALA keeps the gradient of the cur
 computes it again), and the network's posterior is not tempered. Funnels are in `fmala.py`.
 
     python examples/papers/fmala_posteriors.py [--fast]
-
-Some eight minutes on two cores; what the step sizes of HMC come to decides.
 """
 
 import time

@@ -15,8 +15,6 @@ digits, half of them for training; Adam with a cosine decay, batches of 128.
 Posteriors are in `rate_posteriors.py`.
 
     python examples/papers/rate.py [--fast]
-
-About seven minutes on two cores.
 """
 
 import time

@@ -11,8 +11,6 @@ by a number found on the same quarter, and an ensemble of three. NLL and expecte
 (ECE, 15 bins) on test images; mean and standard error over seeds, and differences paired by seed.
 
     python examples/papers/rate_posteriors.py [--fast]
-
-About six minutes on two cores.
 """
 
 import time

@@ -11,7 +11,7 @@
    last two again on six shorter series.
 3. With `--data`, a folder of posteriordb's data and reference draws, NUTS on its garch-garch11.
 
-Bird & Polivoda, 2021, arXiv:2103.15589. Some four minutes on two cores.
+Bird & Polivoda, 2021, arXiv:2103.15589.
 """
 
 import json

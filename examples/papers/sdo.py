@@ -20,8 +20,6 @@ on the linear schedule, and as metrics the distance of the upper half to a given
 "gradient-free" moves along one random direction a step, by two more runs of the sampler.
 
     python examples/papers/sdo.py [--fast]
-
-Some eight minutes on two cores.
 """
 
 import sys

@@ -10,7 +10,7 @@ tuned.
 
     python examples/papers/sdo_posteriors.py [--fast]
 
-Eight chains; intervals are over chains. Some six minutes on two cores.
+Eight chains; intervals are over chains.
 """
 
 import sys

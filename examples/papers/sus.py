@@ -14,8 +14,7 @@ bytes a step with the sparse gradient itself (c = 30). Measured on texts that th
 
     python examples/papers/sus.py [--fast]
 
-Eight texts, three draws each; intervals are a jackknife's over texts. Some eight minutes on two
-cores.
+Eight texts, three draws each; intervals are a jackknife's over texts.
 """
 
 import sysconfig
