@@ -24,15 +24,18 @@ export IMPORT_ALL
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint docs bench papers dist clean
+.PHONY: help demo test test-all lint docs bench papers dist clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-examples  ## fit a model with a sampler that never backpropagates
 	$(python) examples/3_mcmc_and_arviz.py
 
-test: $(VENV)/.installed-test  ## run the tests; ARGS goes to pytest
+test: $(VENV)/.installed-test  ## run the tests, but for the slow ones; ARGS goes to pytest
+	$(python) -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/.installed-test  ## run all tests; ARGS goes to pytest
 	$(python) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types

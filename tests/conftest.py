@@ -1,11 +1,15 @@
 """Double precision everywhere; tests of single precision pass float32 positions."""
 
+import hashlib
 import os
+import platform
+import time
 from importlib.metadata import version
+from pathlib import Path
 
 # Matplotlib needs no screen, and NumPyro's bar stays out of the log.
 os.environ.setdefault("MPLBACKEND", "Agg")
-# What modules compute on import and what processes of tests run is compiled in a hurry, as below.
+# What processes of tests run is compiled in a hurry, as below.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if version("jax").startswith("0.10."):
     # XLA's older way to compile a fused loop for a CPU, in three fifths of the time; JAX 0.12
@@ -14,10 +18,38 @@ if version("jax").startswith("0.10."):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     )
 
+
+def _processor() -> str:
+    """Name the instructions of this processor: a program compiled for others may not run here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    flags = "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+# Programs that were compiled once are kept for the next run and for the other workers, whatever
+# their size. JAX looks them up by the program, its options and its own version; one that can't be
+# read is compiled, with a warning that pyproject.toml lets pass.
+CACHE = Path(__file__).parents[1] / "build" / "jax_cache" / _processor()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+
+def pytest_sessionfinish(session):
+    """Drop programs that are older than two weeks; those that are still needed come again."""
+    if not hasattr(session.config, "workerinput") and CACHE.is_dir():
+        old = time.time() - 14 * 24 * 3600
+        for path in CACHE.iterdir():
+            if path.stat().st_mtime < old:
+                path.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import PROGRAMS, SAMPLERS
 from targets import anisotropic
 
 import probbp
@@ -25,29 +26,25 @@ def logdensity_fn(position):
 
 START = {"x": jnp.zeros(2), "y": jnp.zeros(())}
 
-ALGORITHMS = {
-    "mala": (probbp.mala, 4_000),
-    "fmala": (probbp.fmala, 20_000),
-    "line_fmala": (probbp.line_fmala, 10_000),
-    "plane": (partial(probbp.line_fmala, num_tangents=2), 10_000),
-    "pc_fmala": (probbp.pc_fmala, 20_000),
-    "pc_line_fmala": (probbp.pc_line_fmala, 10_000),
-}
+PLANE = "line_fmala, plane"
 
 
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
-        *((name, "dense") for name in ALGORITHMS),
+        *((name, "dense") for name in SAMPLERS),
+        ("line_fmala", "diag"),
+        ("line_fmala", "low_rank"),
+        ("line_fmala", None),
+        pytest.param(PLANE, "dense", marks=pytest.mark.slow),
         *(
-            (name, metric)
-            for name in ("fmala", "line_fmala")
+            pytest.param("fmala", metric, marks=pytest.mark.slow)
             for metric in ("diag", "low_rank", None)
         ),
     ],
 )
 def test_moments_from_dispersed_starts(name, metric):
-    algorithm, num_samples = ALGORITHMS[name]
+    algorithm, num_samples = PROGRAMS[name].algorithm, PROGRAMS[name].num_samples
     if metric is None:
         num_samples *= 2
     data = quiet(

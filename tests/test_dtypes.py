@@ -7,32 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from invariance import PASS, largest_z_of
+from tables import EVERY, SAMPLERS, build
 from targets import TARGETS
 
 import probbp
-from probbp.estimators import control_variate, forward
+from probbp.estimators import forward
 
 HALVES = ("float16", "bfloat16")
-# name -> (algorithm, step size)
-ALGORITHMS = {
-    "mala": (probbp.mala, 0.3),
-    "mala, orthogonal": (
-        partial(probbp.mala, estimator=forward(2, tangents="orthogonal"), key_policy="shared"),
-        0.3,
-    ),
-    "mala, controlled": (
-        partial(
-            probbp.mala,
-            estimator=control_variate(forward(), lambda x: jax.tree.map(jnp.negative, x)),
-        ),
-        0.1,
-    ),
-    "fmala": (probbp.fmala, 0.3),
-    "line_fmala, plane": (partial(probbp.line_fmala, num_tangents=2, num_inner_steps=2), 0.8),
-    "pc_fmala": (probbp.pc_fmala, 0.3),
-    "pc_line_fmala": (probbp.pc_line_fmala, 1.28),
-    "pc_line_fmala, plane": (partial(probbp.pc_line_fmala, num_tangents=2), 0.8),
-}
 POSITIONS = {
     "half": {"a": jnp.full(2, 0.5, "float16")},
     "brain": {"a": jnp.full(2, 0.5, "bfloat16")},
@@ -52,14 +33,22 @@ def dtypes(tree):
 @pytest.mark.parametrize(
     ("name", "position"),
     [
-        *((name, "all") for name in ALGORITHMS),
-        *((name, "half") for name in ("mala", "mala, orthogonal", "pc_line_fmala, plane")),
+        *(
+            pytest.param(name, "all", marks=() if name in SAMPLERS else pytest.mark.slow)
+            for name in EVERY
+            if "wrong" not in name
+        ),
+        ("mala", "half"),
+        *(
+            pytest.param(name, "half", marks=pytest.mark.slow)
+            for name in ("mala, orthogonal", "pc_line_fmala, plane")
+        ),
         ("line_fmala, plane", "brain"),
     ],
 )
 def test_each_leaf_keeps_its_dtype(name, position):
     start = POSITIONS[position]
-    algorithm, step_size = ALGORITHMS[name]
+    algorithm, step_size, *_ = EVERY[name]
     # Warm-up hands over arrays in double precision.
     scale = jnp.linspace(0.5, 2, sum(leaf.size for leaf in jax.tree.leaves(start)))
     algorithm = algorithm(logdensity_fn, jnp.asarray(step_size / len(scale)), scale)
@@ -88,8 +77,7 @@ def test_each_leaf_keeps_its_dtype(name, position):
 def test_half_precision_is_exact_as_far_as_it_is_precise(name, dtype):
     """Rounding of a position moves it by a thousandth, far less than the Monte Carlo error."""
     target = TARGETS["mix"]
-    algorithm, step_size = ALGORITHMS[name]
-    algorithm = algorithm(target.logdensity_fn, step_size)
+    algorithm = build(name, target.logdensity_fn)
     assert largest_z_of(jax.random.key(0), algorithm, target, 20_000, 8, dtype) < PASS
 
 

@@ -12,35 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from invariance import FAIL, PASS, largest_z, largest_z_of
+from tables import PROGRAMS, SAMPLERS, build, members
 from targets import TARGETS, gaussian
 
 import probbp
-from probbp.estimators import averaged, forward
 from probbp.ops import substitute
 
-mala = probbp.mala
-# name -> (algorithm, step size)
-ALGORITHMS = {
-    "mala": (mala, 0.3),
-    "mala, forward": (partial(mala, estimator=averaged(forward(), 2)), 0.1),
-    "mala, shared": (partial(mala, estimator=forward(), key_policy="shared"), 0.1),
-    "fmala": (probbp.fmala, 0.3),
-    "line_fmala": (probbp.line_fmala, 0.8),
-    "line_fmala, plane, held": (
-        partial(probbp.line_fmala, num_tangents=2, num_inner_steps=2),
-        0.8,
-    ),
-    "pc_fmala": (probbp.pc_fmala, 0.3),
-    "pc_line_fmala": (probbp.pc_line_fmala, 1.28),
-}
-every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 NUM_CHAINS, NUM_STEPS = 20_000, 8
 PLAIN = gaussian(2)
-
-
-def build(name, logdensity_fn):
-    algorithm, step_size = ALGORITHMS[name]
-    return algorithm(logdensity_fn, step_size)
 
 
 def with_derivative(x, factor):
@@ -68,9 +47,9 @@ def draw_whole(rng_key, num):
 WHOLE = PLAIN._replace(logdensity_fn=broken_in_four_places, draw=draw_whole)
 
 
-@every_algorithm
+@members(PROGRAMS, quick=SAMPLERS)
 def test_what_is_no_number_is_never_entered_and_the_rest_is_exact(name):
-    key = jax.random.key(list(ALGORITHMS).index(name))
+    key = jax.random.key(list(PROGRAMS).index(name))
     algorithm = build(name, broken_in_four_places)
     assert largest_z_of(key, algorithm, WHOLE, NUM_CHAINS, NUM_STEPS) < PASS
 
@@ -93,8 +72,9 @@ def test_a_chain_that_takes_what_is_no_number_is_seen():
     assert largest_z(jax.random.key(0), walk(lambda y: True), *args) > FAIL
 
 
-@pytest.mark.parametrize(
-    "name", ["mala, forward", "mala, shared", "fmala", "line_fmala", "pc_fmala"]
+@members(
+    ["mala, forward", "mala, shared", "fmala", "line_fmala", "pc_fmala"],
+    quick=["mala, forward", "mala, shared", "line_fmala"],
 )
 def test_estimates_that_fail_at_random_leave_the_target_alone(name):
     """One estimate in five is NaN or infinite; no chain stands still at one."""
@@ -105,7 +85,7 @@ def test_estimates_that_fail_at_random_leave_the_target_alone(name):
         return target.logdensity_fn(with_derivative(x, jax.random.choice(rng_key, fault)))
 
     target = TARGETS["mix"]
-    key = jax.random.key(list(ALGORITHMS).index(name))
+    key = jax.random.key(list(PROGRAMS).index(name))
     algorithm = build(name, logdensity_fn)
     assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS
     state = algorithm.init(jnp.ones(2), jax.random.key(1))
@@ -116,7 +96,7 @@ def test_estimates_that_fail_at_random_leave_the_target_alone(name):
     assert np.any(infos.is_accepted[100:])
 
 
-@every_algorithm
+@members(PROGRAMS, quick=SAMPLERS)
 def test_a_step_in_the_density_is_kept(name):
     """Three quarters of the mass lie beyond a jump that no gradient sees."""
 
@@ -130,7 +110,7 @@ def test_a_step_in_the_density_is_kept(name):
         return draws.at[:, 0].set(side * jnp.abs(draws[:, 0]))
 
     target = PLAIN._replace(logdensity_fn=logdensity_fn, draw=draw)
-    key = jax.random.key(list(ALGORITHMS).index(name))
+    key = jax.random.key(list(PROGRAMS).index(name))
     assert largest_z_of(key, build(name, logdensity_fn), target, NUM_CHAINS, NUM_STEPS) < PASS
 
 
@@ -141,7 +121,7 @@ def test_a_step_in_the_density_is_kept(name):
 def run(name, logdensity_fn, position=None):
     data = probbp.sample(
         jax.random.key(0),
-        partial(ALGORITHMS[name][0], logdensity_fn),
+        partial(SAMPLERS[name].algorithm, logdensity_fn),
         {"x": jnp.zeros(2)} if position is None else position,
         num_warmup=1000,
         num_samples=1000,

@@ -5,7 +5,6 @@ Three tables: estimators in samplers, operations in inference, models in inferen
 """
 
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +18,16 @@ import pytest
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
+from tables import (
+    ESTIMATORS,
+    IN_INFERENCE,
+    SAMPLERS,
+    squares,
+    wrong_and_keyed,
+    wrong_but_deterministic,
+)
 from targets import anisotropic
-from test_estimators import ESTIMATORS
 from test_models import MODELS as PLAIN
-from test_samplers import wrong_and_keyed, wrong_but_deterministic
 from test_state_space import MODELS as SERIES
 from test_state_space import Y as SERIES_Y
 from test_state_space import streaming
@@ -31,7 +36,7 @@ import probbp
 from probbp.models import growth, snn
 from probbp.models.blob import bayesian_lora
 from probbp.numpyro import Kernel
-from probbp.ops import dendrites, feedback, gradient_reversal, rate, rtrl, sdo, substitute, sus
+from probbp.ops import dendrites
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
 KEY = jax.random.key(0)
@@ -85,18 +90,20 @@ def moments(x):
 
 SAME = ("unit", "scaled", "batches")
 FIELDS = {
-    name: field for name, field in ESTIMATORS.items() if not any(word in name for word in SAME)
+    name: member.estimator
+    for name, member in ESTIMATORS.items()
+    if not any(word in name for word in SAME)
 }
 FIELDS |= {"wrong": wrong_but_deterministic, "wrong, keyed": wrong_and_keyed}
-SAMPLERS = {
+WITH_ESTIMATOR = {
     f"mala, {policy}": partial(probbp.mala, key_policy=policy)
     for policy in ("carried", "refreshed", "shared")
-} | {name: getattr(probbp, name) for name in ("fmala", "line_fmala", "pc_fmala", "pc_line_fmala")}
+} | {name: member.algorithm for name, member in SAMPLERS.items() if name != "mala"}
 OWN_ESTIMATE = Refused(
     "the sampler makes its own gradient, along its tangents", TypeError, "mala alone takes an estim"
 )
 ESTIMATOR_BY_SAMPLER = {
-    field: {name: "exact" if "mala, " in name else OWN_ESTIMATE for name in SAMPLERS}
+    field: {name: "exact" if "mala, " in name else OWN_ESTIMATE for name in WITH_ESTIMATOR}
     for field in FIELDS
 }
 TARGET = anisotropic(6, condition=6.0)
@@ -113,7 +120,7 @@ def logdensity_fn(position):
 @pytest.mark.parametrize(("field", "sampler"), cells(ESTIMATOR_BY_SAMPLER, False))
 def test_an_estimator_in_a_sampler(field, sampler):
     """From exact draws, in a pytree: mean and covariance of a correlated Gaussian stay."""
-    algorithm = SAMPLERS[sampler](logdensity_fn, 0.3, estimator=FIELDS[field])
+    algorithm = WITH_ESTIMATOR[sampler](logdensity_fn, 0.3, estimator=FIELDS[field])
 
     @jax.jit
     @jax.vmap
@@ -135,101 +142,12 @@ def test_an_estimator_in_a_sampler(field, sampler):
 @pytest.mark.parametrize(("field", "sampler", "cell"), cells(ESTIMATOR_BY_SAMPLER, True))
 def test_an_estimator_is_refused(field, sampler, cell):
     with pytest.raises(cell.error, match=cell.words):
-        SAMPLERS[sampler](logdensity_fn, 0.15, estimator=FIELDS[field])
+        WITH_ESTIMATOR[sampler](logdensity_fn, 0.15, estimator=FIELDS[field])
 
 
 # ---------------------------------------------------------------------------------------
 # Operations in inference: two parameters each, and JAX's own function beside it.
 
-A, B = jax.random.normal(jax.random.key(1), (2, 2, 3))
-Q, K, V = jax.random.normal(jax.random.key(2), (3, 4, 1, 2))
-U = jnp.sin(jnp.arange(8.0))[:, None] + jnp.ones(2)
-BRANCHES = dendrites.grow(
-    dendrites.empty(A), dendrites.Candidate(B, jnp.zeros(3), jnp.zeros((0, 3))), weight=jnp.ones(3)
-)
-SCHEDULE = sdo.linear(3, num_train_steps=10, last_beta=0.2)
-
-
-def attention(x, attend):
-    return attend(x[0] * Q, K, x[1] * V)
-
-
-def recurrence(x, scan):
-    return scan(lambda h, u: (jnp.tanh(x * h + u), h), jnp.zeros(2), U)
-
-
-def integrate_and_fire(x):
-    def step(potential, _):
-        potential = 0.2 * potential + x
-        spikes = (potential >= 1) * 1.0
-        return potential - spikes, spikes
-
-    return jax.lax.scan(step, jnp.zeros(2), length=6)[1].mean(0)
-
-
-def layers(x):
-    return [lambda u: jnp.tanh(u * x), lambda h: h @ (x[:, None] * A)]
-
-
-def denoiser(x, t):
-    return jnp.tanh(x @ A[:, :2]) * (1 + t[:, None] / 10)
-
-
-def ddim(x):
-    for t, (now, then) in zip(SCHEDULE.times, pairwise(SCHEDULE.signal), strict=True):
-        noise = denoiser(x, jnp.full(1, float(t)))
-        x = then**0.5 * (x - (1 - now) ** 0.5 * noise) / now**0.5 + (1 - then) ** 0.5 * noise
-    return x[0]
-
-
-def squares(y):
-    return jnp.sum((y - 0.5) ** 2)
-
-
-def of_error(error):
-    return jnp.sqrt(error)[None]
-
-
-# name -> (the operation of two parameters and a key, JAX's own function of them)
-OPS = {
-    "substitute": (lambda x, key: substitute(jnp.round(x), x), jnp.round),
-    "gradient_reversal": (
-        lambda x, key: jnp.sin(gradient_reversal(x, 0.5)) + x,
-        lambda x: jnp.sin(x) + x,
-    ),
-    "sus.dot_product_attention": (
-        lambda x, key: attention(x, partial(sus.dot_product_attention, keep=1.5, rng_key=key)),
-        lambda x: attention(x, jax.nn.dot_product_attention),
-    ),
-    "rtrl.scan, last carry": (
-        lambda x, key: recurrence(x, rtrl.scan)[0],
-        lambda x: recurrence(x, jax.lax.scan)[0],
-    ),
-    "rtrl.scan, outputs": (
-        lambda x, key: recurrence(x, rtrl.scan)[1][3],
-        lambda x: recurrence(x, jax.lax.scan)[1][3],
-    ),
-    "rate.simulate": (
-        lambda x, key: rate.simulate(lambda spike, u: spike(u), rate.constant(x), 6),
-        integrate_and_fire,
-    ),
-    "feedback.dense": (
-        lambda x, key: feedback.dense(jnp.tanh(x), A, B),
-        lambda x: jnp.tanh(x) @ A,
-    ),
-    "feedback.direct": (
-        lambda x, key: of_error(feedback.direct(squares, layers(x), jnp.ones((1, 2)), [B.T])),
-        lambda x: of_error(squares(jnp.tanh(x) @ (x[:, None] * A))),
-    ),
-    "dendrites.dense": (
-        lambda x, key: dendrites.dense(x, A, None, BRANCHES, perforate=True),
-        lambda x: x @ A + jnp.tanh(x @ B),
-    ),
-    "sdo.sample": (
-        lambda x, key: sdo.sample(denoiser, x[None], SCHEDULE, keep_step="random", rng_key=key)[0],
-        lambda x: ddim(x[None]),
-    ),
-}
 # Step sizes fit for the parameters of all operations at once.
 HOSTS = {
     "NUTS": partial(NUTS, step_size=0.3, adapt_step_size=False, adapt_mass_matrix=False),
@@ -241,7 +159,7 @@ NUM_STEPS = {"NUTS": 60, "mala": 400, "fmala": 1500, "pc_line_fmala": 800}
 NO_OUTPUTS = Refused("forward mode only", TypeError, "Put the running loss in the carry")
 NO_SECOND = "first derivatives only"
 OP_BY_HOST: dict[str, dict[str, Any]] = {
-    op: {"SVI": "trains"} | dict.fromkeys(HOSTS, "exact") for op in OPS
+    op: {"SVI": "trains"} | dict.fromkeys(HOSTS, "exact") for op in IN_INFERENCE
 }
 OP_BY_HOST["rtrl.scan, outputs"] |= dict.fromkeys(("SVI", "NUTS", "mala"), NO_OUTPUTS)
 OP_BY_HOST["sus.dot_product_attention"]["pc_line_fmala"] = Refused(
@@ -256,7 +174,7 @@ def of_ops(names, is_plain=False):
     """One posterior for each operation, side by side."""
     for name in names:
         x = numpyro.sample(name, dist.Normal(0, 1).expand([2]).to_event(1))
-        key, (op, plain) = numpyro.prng_key(), OPS[name]
+        key, (op, plain) = numpyro.prng_key(), IN_INFERENCE[name]
         numpyro.factor(f"{name}, seen", -squares(plain(x) if is_plain else op(x, key)) / 2)
 
 
@@ -271,14 +189,14 @@ def truths():
             log_weights = jax.vmap(lambda x: -squares(plain(x)) / 2 - x @ x / 2)(grid)
             return jax.nn.softmax(log_weights) @ moments(grid)
 
-        return {name: mean(plain) for name, (_, plain) in OPS.items()}
+        return {name: mean(plain) for name, (_, plain) in IN_INFERENCE.items()}
 
     return integrate(grid)
 
 
 def draws(host):
     """Return draws of all operations' posteriors: one program, without any adaptation."""
-    names = [op for op in OPS if OP_BY_HOST[op][host] == "exact"]
+    names = [op for op in IN_INFERENCE if OP_BY_HOST[op][host] == "exact"]
     steps = {"num_warmup": 0, "num_samples": NUM_STEPS[host], "num_chains": 50}
     kernel = HOSTS[host](partial(of_ops, names))
     mcmc = MCMC(kernel, chain_method="vectorized", progress_bar=False, **steps)
@@ -289,7 +207,7 @@ def draws(host):
 
 def trained():
     """Return losses of each operation, and of JAX's own function, before and after training."""
-    names = [op for op in OPS if OP_BY_HOST[op]["SVI"] == "trains"]
+    names = [op for op in IN_INFERENCE if OP_BY_HOST[op]["SVI"] == "trains"]
     guide = AutoNormal(partial(of_ops, names))
     svi = SVI(partial(of_ops, names), guide, optax.adam(0.03), Trace_ELBO())
 

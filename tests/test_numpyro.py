@@ -21,6 +21,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import HMC, MCMC, NUTS, SVI, DiscreteGibbs, Gibbs, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.elbo import RenyiELBO
+from tables import SAMPLERS, VARIANTS, members
 
 import probbp
 from probbp.estimators import forward, reverse, through
@@ -45,14 +46,7 @@ MOMENTS = {
     "scale": (np.sqrt(2 / np.pi), 1 - 2 / np.pi),
 }
 
-KERNELS = {
-    "mala": probbp.mala,
-    "fmala": probbp.fmala,
-    "line_fmala": probbp.line_fmala,
-    "plane": partial(probbp.line_fmala, num_tangents=2),
-    "pc_fmala": probbp.pc_fmala,
-    "pc_line_fmala": probbp.pc_line_fmala,
-}
+KERNELS = SAMPLERS | {"line_fmala, plane": VARIANTS["line_fmala, plane"]}
 
 
 def mcmc_of(kernel, num_warmup=500, num_samples=3_000, num_chains=2, **options):
@@ -69,10 +63,10 @@ def assert_moments(data, moments, names=None):
             assert abs(values.mean() - truth) < 4.5 * float(az.mcse(values)), name
 
 
-@pytest.mark.parametrize("metric", ["diag", "dense"])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("metric", ["diag", pytest.param("dense", marks=pytest.mark.slow)])
+@members(KERNELS, quick=SAMPLERS)
 def test_moments(name, metric):
-    kernel = Kernel(conjugate, KERNELS[name], metric=metric)
+    kernel = Kernel(conjugate, KERNELS[name].algorithm, metric=metric)
     # Many chains, so that the error is known where one stands still in the tail of log(scale).
     mcmc = mcmc_of(kernel, num_samples=1_500, num_chains=20)
     fields = ("potential_energy", "accept_prob", "adapt_state.step_size")

@@ -1,55 +1,15 @@
-"""One table of operations, and the laws that all of them keep."""
+"""The laws that every operation satisfies."""
 
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import OPS
 
-from probbp.ops import feedback, gradient_reversal, substitute
+from probbp.ops import gradient_reversal, substitute
 
-
-class Op(NamedTuple):
-    """An operation beside the function it stands in for.
-
-    value_fn: what it returns.
-    derivative_fn: what it is differentiated as.
-    limit: the operation where its derivative is the true one.
-    """
-
-    op: Any
-    value_fn: Any
-    derivative_fn: Any
-    limit: Any
-
-
-def dense(x, *, b):
-    return feedback.dense(jnp.tanh(x), W.astype(x.dtype), b)
-
-
-W = jnp.array([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]])
-OPS = {
-    "substitute": Op(
-        lambda x: substitute(jnp.round(x), x**2),
-        jnp.round,
-        lambda x: x**2,
-        limit=lambda x: substitute(jnp.round(x), jnp.round(x)),
-    ),
-    "feedback.dense": Op(
-        partial(dense, b=jnp.ones((3, 2))),
-        lambda x: jnp.tanh(x) @ W.astype(x.dtype),
-        lambda x: jnp.tanh(x) @ jnp.ones((3, 2), x.dtype),
-        limit=partial(dense, b=W),
-    ),
-    "gradient_reversal": Op(
-        partial(gradient_reversal, strength=0.7),
-        lambda x: x,
-        lambda x: -0.7 * x,
-        limit=partial(gradient_reversal, strength=-1.0),
-    ),
-}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 X = jnp.array([0.3, -1.2, 2.6])
 

@@ -15,21 +15,13 @@ import optax
 import pytest
 from numpyro.infer import MCMC, SVI, BarkerMH, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from tables import PROGRAMS, build, members
 
 import probbp
 from probbp.estimators import averaged, forward, reverse
 from probbp.numpyro import Kernel, Optim
 from probbp.samplers import progress
 
-ALGORITHMS = {
-    "mala": probbp.mala,
-    "mala, forward": partial(probbp.mala, estimator=averaged(forward(), 2)),
-    "fmala": probbp.fmala,
-    "line_fmala": partial(probbp.line_fmala, num_tangents=2),
-    "pc_fmala": probbp.pc_fmala,
-    "pc_line_fmala": probbp.pc_line_fmala,
-}
-every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 START = {"a": jnp.zeros(3), "b": (jnp.zeros(()),)}
 
 
@@ -204,9 +196,9 @@ def test_what_is_called_back_is_called_anew():
     assert num_calls() == num_calls() > 0
 
 
-@every_algorithm
+@members(PROGRAMS)
 def test_no_tracer_leaks(name):
-    algorithm = ALGORITHMS[name](logdensity_fn, 0.1)
+    algorithm = build(name, logdensity_fn, 0.1)
     with jax.checking_leaks():
         state = jax.eval_shape(algorithm.init, START, jax.random.key(0))
         jax.eval_shape(algorithm.step, jax.random.key(1), state)
@@ -253,7 +245,7 @@ for found in pkgutil.walk_packages(probbp.__path__, "probbp."):
 @pytest.mark.parametrize("name", ["mala", "line_fmala", "pc_fmala"])
 def test_a_state_may_be_donated(name):
     """Step after step in the same memory, with the draws of steps in memory of their own."""
-    algorithm = ALGORITHMS[name](logdensity_fn, 0.1)
+    algorithm = build(name, logdensity_fn, 0.1)
     donated, kept = jax.jit(algorithm.step, donate_argnums=1), jax.jit(algorithm.step)
     ours = theirs = algorithm.init(jax.tree.map(jnp.copy, START), jax.random.key(0))
     ours = jax.tree.map(jnp.copy, ours)

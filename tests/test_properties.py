@@ -9,14 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from tables import ESTIMATORS, SAMPLERS, build, members
 
 import probbp
-from probbp import diagnostics, estimators
+from probbp import diagnostics
 from probbp.ops import feedback, gradient_reversal, rtrl, substitute, sus
 from probbp.optim import dsbp
 
@@ -56,42 +55,21 @@ def described(tree):
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
-ESTIMATORS = {
-    "reverse": estimators.reverse(),
-    "forward": estimators.forward(2),
-    "orthogonal": estimators.forward(1, tangents="orthogonal"),
-    "averaged": estimators.averaged(estimators.forward(tangents="unit"), 2),
-    "controlled": estimators.control_variate(
-        estimators.forward(), lambda x: jax.tree.map(jnp.negative, x)
-    ),
-    "clipped": estimators.through(optax.clip(1.0), estimators.reverse()),
-}
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
+@members(ESTIMATORS, quick=["gaussian", "orthogonal", "averaged"])
 @few(max_examples=3)
 @given(tree=trees(leaves(), max_leaves=3))
 def test_estimators_keep_the_value_and_the_shape_of_the_parameters(name, tree):
-    value, grad = ESTIMATORS[name](quadratic)(jax.random.key(0), tree)
+    value, grad = ESTIMATORS[name].estimator(quadratic)(jax.random.key(0), tree)
     assert value == quadratic(tree)
     assert described(grad) == described(tree)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
 
 
-SAMPLERS = {
-    "mala": probbp.mala,
-    "fmala": probbp.fmala,
-    "line_fmala": probbp.line_fmala,
-    "pc_fmala": probbp.pc_fmala,
-    "pc_line_fmala": probbp.pc_line_fmala,
-}
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
+@members(SAMPLERS)
 @few(max_examples=2)
 @given(tree=trees(leaves(st.sampled_from(["float32", "float64"]))))
 def test_samplers_keep_the_shape_of_the_position(name, tree):
-    algorithm = SAMPLERS[name](quadratic, 0.1)
+    algorithm = build(name, quadratic, 0.1)
     state = algorithm.init(tree, jax.random.key(0))
     after, info = algorithm.step(jax.random.key(1), state)
     assert described(state) == described(after)

@@ -1,4 +1,4 @@
-"""One table of samplers, and the laws that all of them keep."""
+"""The laws that every sampler satisfies, whatever its options."""
 
 from functools import partial
 
@@ -10,113 +10,54 @@ import optax
 import pytest
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from invariance import FAIL, PASS, largest_z, largest_z_of
+from tables import EVERY, PROGRAMS, SAMPLERS, SETTINGS, VARIANTS, build, fmala, mala, members
 from targets import TARGETS, gaussian
 from wrong_kernels import RIGHT, WRONG
 
 import probbp
-from probbp.estimators import averaged, control_variate, forward, reverse, through
+from probbp.estimators import forward, through
 from probbp.ops import substitute
 from probbp.samplers.curvature import gauss_newton, principal_axes
 
 NUM_CHAINS, NUM_STEPS = 20_000, 8
-
-
-def wrong_but_deterministic(fun, has_aux=False):
-    """An estimator of nothing: exact value, nonsensical field that ignores its key."""
-    return lambda rng_key, x: (fun(x), jax.tree.map(lambda leaf: 3 * jnp.sin(5 * leaf) + 1, x))
-
-
-def wrong_and_keyed(fun, has_aux=False):
-    """The same, with an amplitude and a sign that the key draws."""
-
-    def value_and_grad(rng_key, x):
-        draw = jax.random.normal(rng_key)
-        return fun(x), jax.tree.map(lambda leaf: 2 * draw.astype(leaf.dtype) * leaf, x)
-
-    return value_and_grad
-
-
-mala, fmala = probbp.mala, probbp.fmala
-unit = forward(tangents="unit")
-
-# name -> (algorithm with its options, step size)
-ALGORITHMS = {
-    "mala": (mala, 0.3),
-    "mala, forward, carried": (partial(mala, estimator=unit), 0.1),
-    "mala, forward, refreshed": (partial(mala, estimator=unit, key_policy="refreshed"), 0.1),
-    "mala, forward, shared": (partial(mala, estimator=unit, key_policy="shared"), 0.1),
-    "mala, controlled": (
-        partial(
-            mala, estimator=control_variate(forward(), lambda x: jax.tree.map(jnp.negative, x))
-        ),
-        0.1,
-    ),
-    "mala, clipped": (
-        partial(mala, estimator=through(optax.clip_by_global_norm(1.0), reverse())),
-        0.3,
-    ),
-    "mala, wrong": (partial(mala, estimator=wrong_but_deterministic), 0.3),
-    "mala, wrong, keyed, carried": (partial(mala, estimator=wrong_and_keyed), 0.3),
-    "mala, wrong, keyed, refreshed": (
-        partial(mala, estimator=wrong_and_keyed, key_policy="refreshed"),
-        0.3,
-    ),
-    "mala, wrong, keyed, shared": (
-        partial(mala, estimator=wrong_and_keyed, key_policy="shared"),
-        0.3,
-    ),
-    "fmala": (fmala, 0.3),
-    "fmala, as published": (partial(fmala, key_policy="refreshed"), 0.3),
-    "fmala, shared": (partial(fmala, key_policy="shared"), 0.3),
-    "fmala, unbiased drift": (partial(fmala, drift_scale=2.0, key_policy="carried"), 0.3),
-    "line_fmala": (probbp.line_fmala, 0.8),
-    "line_fmala, plane": (partial(probbp.line_fmala, num_tangents=2), 0.8),
-    "line_fmala, held": (partial(probbp.line_fmala, num_inner_steps=3), 0.8),
-    "pc_fmala": (probbp.pc_fmala, 0.3),
-    "pc_fmala, as published": (partial(probbp.pc_fmala, key_policy="refreshed", floor=0.0), 0.3),
-    "pc_line_fmala": (probbp.pc_line_fmala, 1.28),
-    "pc_line_fmala, as published": (partial(probbp.pc_line_fmala, floor=0.0), 1.28),
-    "pc_line_fmala, plane": (partial(probbp.pc_line_fmala, num_tangents=2), 0.8),
-    "pc_line_fmala, held": (partial(probbp.pc_line_fmala, num_inner_steps=3), 1.28),
-}
-
-every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
-# Other estimators and constants run through the same programs.
-OPTIONS = ("carried", "controlled", "clipped", "wrong", "published", "unbiased")
-every_kernel = pytest.mark.parametrize(
-    "name", [name for name in ALGORITHMS if not any(word in name for word in OPTIONS)]
-)
-
-
-def build(name, logdensity_fn, step_size=None, inverse_mass_matrix=None):
-    algorithm, default = ALGORITHMS[name]
-    return algorithm(logdensity_fn, step_size or default, inverse_mass_matrix)
+# One of each program whose steps differ in more than where their keys come from.
+KINDS = [*SAMPLERS, *(name for name in VARIANTS if "plane" in name or "held" in name)]
+KEYED = [*SAMPLERS, *(name for name in VARIANTS if "refreshed" in name or "shared" in name)]
+WITH_DERIVATIVE = [name for name in EVERY if "wrong" not in name]
+FORWARD = [name for name, member in PROGRAMS.items() if not member.is_reverse]
 
 
 # ---------------------------------------------------------------------------------------
 # Exactness.
 
 
+def slow_if(condition):
+    return pytest.mark.slow if condition else ()
+
+
 @pytest.mark.parametrize(
-    ("seed", "dtype", "targets"),
+    ("name", "seed", "dtype", "target"),
     [
-        (0, "float64", ("g2", "f10")),
-        (1, "float32", ("f2",)),
-        (2, "float64", ("mix",)),
+        pytest.param(name, seed, dtype, target, marks=slow_if(name not in quick))
+        for seed, dtype, target, quick in (
+            (0, "float64", "g2", SAMPLERS),
+            (0, "float64", "f10", PROGRAMS),
+            (1, "float32", "f2", SAMPLERS | SETTINGS),
+            (2, "float64", "mix", SAMPLERS),
+        )
+        for name in EVERY
     ],
 )
-@every_algorithm
-def test_the_target_is_invariant(name, seed, dtype, targets):
+def test_the_target_is_invariant(name, seed, dtype, target):
     """Wrong gradients included: the accept step makes every one of them exact."""
-    key = jax.random.fold_in(jax.random.key(seed), list(ALGORITHMS).index(name))
-    for target in map(TARGETS.get, targets):
-        algorithm = build(name, target.logdensity_fn)
-        z = largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS, dtype)
-        assert z < PASS, target.name
+    key = jax.random.fold_in(jax.random.key(seed), list(EVERY).index(name))
+    target = TARGETS[target]
+    algorithm = build(name, target.logdensity_fn)
+    assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS, dtype) < PASS
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@members(WRONG, quick=["fmala, no hastings", "line, no hastings", "pc-line, no log-det"])
 def test_the_invariance_test_rejects_every_planted_bug(name, seed):
     builder, epsilon, target_name = WRONG[name]
     target = TARGETS[target_name]
@@ -124,7 +65,7 @@ def test_the_invariance_test_rejects_every_planted_bug(name, seed):
     assert largest_z(jax.random.key(seed), step, target, NUM_CHAINS, NUM_STEPS) > FAIL
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@members(RIGHT, quick=["line"])
 def test_the_invariance_test_passes_plain_right_kernels(name):
     builder, epsilon = RIGHT[name]
     for index, target in enumerate(TARGETS.values()):
@@ -160,21 +101,17 @@ def with_a_random_derivative(logdensity_fn):
     return keyed_logdensity_fn
 
 
-@every_algorithm
+@members(WITH_DERIVATIVE, quick=KEYED)
 def test_the_target_is_invariant_under_random_derivatives(name):
-    if "wrong" in name:
-        pytest.skip("a field that ignores its function has no derivative to be random")
-    key = jax.random.fold_in(jax.random.key(3), list(ALGORITHMS).index(name))
+    key = jax.random.fold_in(jax.random.key(3), list(EVERY).index(name))
     target = TARGETS["mix"]
     algorithm = build(name, with_a_random_derivative(target.logdensity_fn))
     assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS
 
 
-@every_algorithm
+@members(WITH_DERIVATIVE, quick=KEYED)
 def test_random_derivatives_follow_the_sampler_s_key(name):
     """And not a fixed one: another key of the step is another move, the same key the same."""
-    if "wrong" in name:
-        pytest.skip("a field that ignores its function has no derivative to be random")
     start = jnp.array([0.4, -0.7])
     logdensity_fn = TARGETS["f2"].logdensity_fn
     seen = []
@@ -218,7 +155,7 @@ def test_the_invariance_test_rejects_a_far_end_that_forgets_its_key(monkeypatch)
     assert largest_z_of(jax.random.key(0), algorithm, target, NUM_CHAINS, NUM_STEPS) > FAIL
 
 
-@every_algorithm
+@members(EVERY, quick=SAMPLERS)
 def test_a_value_that_depends_on_the_key_is_refused(name):
     def dropout(x, rng_key=None):
         rng_key = jax.random.key(0) if rng_key is None else rng_key
@@ -233,10 +170,17 @@ def test_a_value_that_depends_on_the_key_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "scale"),
     [
-        *((name, "dense") for name in ALGORITHMS),
         *(
-            (name, scale)
-            for name in ("mala", "fmala", "pc_line_fmala")
+            pytest.param(name, "dense", marks=slow_if(name not in KINDS))
+            for name in EVERY
+            # A field of the position itself has no coordinates to change.
+            if "wrong" not in name and "controlled" not in name
+        ),
+        ("mala", "diag"),
+        ("mala", "low_rank"),
+        *(
+            pytest.param(name, scale, marks=pytest.mark.slow)
+            for name in ("fmala", "pc_line_fmala")
             for scale in ("diag", "low_rank")
         ),
     ],
@@ -263,8 +207,6 @@ def test_a_scale_is_a_change_of_coordinates(name, scale):
         keys = jax.random.split(jax.random.key(2), 50)
         return jax.lax.scan(lambda s, k: (algorithm.step(k, s)[0],) * 2, state, keys)[1].position
 
-    if "wrong" in name or "controlled" in name:
-        pytest.skip("a field of the position itself has no coordinates to change")
     start = jnp.array([0.3, -0.2])
     white = run(target.logdensity_fn, None, start)
     scaled = run(lambda x: target.logdensity_fn(jnp.linalg.solve(root, x)), matrix, root @ start)
@@ -416,16 +358,6 @@ def test_gauss_newton_keeps_the_target():
 # ---------------------------------------------------------------------------------------
 # Forward mode only.
 
-FORWARD = {
-    "fmala": (fmala, 0.1),
-    "line_fmala": (probbp.line_fmala, 0.5),
-    "line_fmala, plane": (partial(probbp.line_fmala, num_tangents=2), 0.5),
-    "pc_fmala": (probbp.pc_fmala, 0.3),
-    "pc_line_fmala": (probbp.pc_line_fmala, 1.0),
-    "pc_line_fmala, plane": (partial(probbp.pc_line_fmala, num_tangents=2), 1.0),
-    "mala, forward": (partial(mala, estimator=averaged(forward(), 2)), 0.1),
-}
-
 
 def converged_square_root(x):
     """Newton's iteration until it stands still: the number of steps depends on x."""
@@ -443,18 +375,17 @@ def dynamic_logdensity(x):
     return -0.5 * converged_square_root(1 + jnp.sum(x**2)) ** 2
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@members(FORWARD, quick=[name for name in FORWARD if name in KINDS])
 def test_loops_of_dynamic_length_are_sampled(name):
     """The density is a Gaussian in disguise; reverse mode refuses it."""
     with pytest.raises(ValueError, match="[Rr]everse-mode"):
         jax.grad(dynamic_logdensity)(jnp.ones(2))
-    factory, step_size = FORWARD[name]
     target = gaussian(2)
-    algorithm = factory(dynamic_logdensity, step_size)
+    algorithm = build(name, dynamic_logdensity)
     assert largest_z_of(jax.random.key(5), algorithm, target, 5_000, NUM_STEPS) < PASS
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@members(FORWARD)
 def test_no_reverse_pass_is_in_the_program(name):
     """A primitive that can be pushed forward but not transposed goes through every kernel."""
 
@@ -475,38 +406,25 @@ def test_no_reverse_pass_is_in_the_program(name):
 
     with pytest.raises(ValueError, match="[Rr]everse-mode"):
         jax.grad(forward_only)(jnp.ones(3))
-    factory, step_size = FORWARD[name]
-    algorithm = factory(forward_only, step_size)
+    algorithm = build(name, forward_only)
     state, info = algorithm.step(jax.random.key(0), algorithm.init(jnp.ones(3), jax.random.key(1)))
     assert jnp.isfinite(state.logdensity)
     assert not info.is_divergent
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "evaluations"),
-    [
-        (fmala, 1),
-        (partial(fmala, key_policy="shared"), 2),
-        (partial(fmala, key_policy="refreshed"), 2),
-        (mala, 1),
-        (partial(mala, key_policy="shared"), 2),
-        (probbp.line_fmala, 2),
-        (probbp.pc_fmala, 2),
-        (probbp.pc_line_fmala, 2),
-    ],
-)
-def test_evaluations_a_step(algorithm, evaluations):
+@members(EVERY)
+def test_evaluations_a_step(name):
     """How often the log density stands in the program of a step, by a marker in its jaxpr."""
 
     def logdensity_fn(x):
         return -jnp.sum(jax.lax.erf_inv(x))
 
-    algorithm = algorithm(logdensity_fn, 0.1)
+    algorithm = build(name, logdensity_fn)
     state = algorithm.init(jnp.zeros(3), jax.random.key(0))
     program = str(jax.make_jaxpr(algorithm.step)(jax.random.key(0), state))
     plain = str(jax.make_jaxpr(jax.random.normal, static_argnums=1)(jax.random.key(0), (3,)))
     noise = 0 if "erf_inv" not in plain else program.count("random_bits") and _noises(program)
-    assert program.count("erf_inv") - noise == evaluations
+    assert program.count("erf_inv") - noise == EVERY[name].evaluations
 
 
 def _noises(program):
@@ -518,7 +436,11 @@ def _noises(program):
 # Hosts and transformations.
 
 
-@every_kernel
+# With others the tangents are drawn leaf by leaf: the same law, other numbers.
+@members(
+    [name for name in PROGRAMS if name == "mala" or "mala, " not in name.replace("fmala", "")],
+    quick=KINDS,
+)
 def test_pytrees_and_flat_vectors_are_the_same_chain(name):
     target = TARGETS["f10"]
 
@@ -527,8 +449,6 @@ def test_pytrees_and_flat_vectors_are_the_same_chain(name):
 
     flat = jnp.linspace(-0.5, 0.5, 10)
     tree = {"a": flat[:4], "b": flat[4:].reshape(3, 2)}
-    if any(word in name for word in ("wrong", "mala, forward", "controlled")):
-        pytest.skip("draws per leaf: the same law, other numbers")
     states = []
     for logdensity_fn, start in ((target.logdensity_fn, flat), (tree_logdensity, tree)):
         algorithm = build(name, logdensity_fn, inverse_mass_matrix=jnp.linspace(0.5, 2, 10))
@@ -540,10 +460,10 @@ def test_pytrees_and_flat_vectors_are_the_same_chain(name):
     np.testing.assert_allclose(states[0], joined, rtol=1e-8)
 
 
-@every_kernel
+@members(PROGRAMS, quick=KINDS)
 def test_jit_vmap_and_no_recompilation(name):
     """Chains and step sizes side by side are each the chain by itself."""
-    algorithm, step_size = ALGORITHMS[name]
+    algorithm, step_size, *_ = EVERY[name]
     traces = []
 
     @jax.jit
@@ -566,7 +486,7 @@ def test_jit_vmap_and_no_recompilation(name):
         )
 
 
-@every_kernel
+@members(EVERY)
 def test_single_precision_stays_single(name):
     """From the types alone, whatever those of the step size and the scale."""
     target = TARGETS["f10"]
@@ -632,7 +552,7 @@ def test_blackjax_smc_takes_them(algorithm):
 # Bad input.
 
 
-@every_kernel
+@members(PROGRAMS, quick=KINDS)
 def test_a_proposal_that_is_no_number_is_rejected_and_told(name):
     """Half of space is NaN, the other half +inf: nothing is accepted, and the state stays sound."""
 
@@ -655,21 +575,21 @@ def test_a_proposal_that_is_no_number_is_rejected_and_told(name):
     assert jnp.all(infos.acceptance_rate == 0)
 
 
-OURS = [probbp.mala, probbp.fmala, probbp.line_fmala, probbp.pc_fmala, probbp.pc_line_fmala]
+OURS = [member.algorithm for member in SAMPLERS.values()]
 
 
 def normal(x):
     return -0.5 * jnp.sum(x**2)
 
 
-@pytest.mark.parametrize("algorithm", OURS)
+@pytest.mark.parametrize("algorithm", OURS, ids=SAMPLERS)
 @pytest.mark.parametrize("step_size", [0.0, -1.0, jnp.nan, jnp.inf])
 def test_step_sizes_must_be_positive(algorithm, step_size):
     with pytest.raises(ValueError, match="step_size must be positive"):
         algorithm(normal, step_size)
 
 
-@pytest.mark.parametrize("algorithm", OURS)
+@pytest.mark.parametrize("algorithm", OURS, ids=SAMPLERS)
 @pytest.mark.parametrize(
     ("logdensity_fn", "start", "error", "words"),
     [

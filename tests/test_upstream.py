@@ -11,6 +11,7 @@ import optax
 import pytest
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.optim import optax_to_numpyro
+from tables import SAMPLERS, members
 
 import probbp
 from probbp.estimators import forward, reverse
@@ -78,10 +79,7 @@ def test_feedback_takes_the_options_of_jax(name):
         assert named == list(theirs)[: len(named)]
 
 
-SAMPLERS = ["mala", "fmala", "line_fmala", "pc_fmala", "pc_line_fmala"]
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
+@members(SAMPLERS)
 def test_a_sampler_is_one_of_blackjax(name):
     logdensity_fn = lambda x: -jnp.sum(x**2) / 2
     sampler = getattr(probbp, name)
