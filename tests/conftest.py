@@ -18,6 +18,11 @@ if version("jax").startswith("0.10."):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     )
 
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
 
 def _processor() -> str:
     """Name the instructions of this processor: a program compiled for others may not run here."""
@@ -33,14 +38,13 @@ def _processor() -> str:
 # their size. JAX looks them up by the program, its options and its own version; one that can't be
 # read is compiled, with a warning that pyproject.toml lets pass.
 CACHE = Path(__file__).parents[1] / "build" / "jax_cache" / _processor()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-import jax
-import pytest
-
-jax.config.update("jax_enable_x64", True)
+for name, value in {
+    "jax_compilation_cache_dir": str(CACHE),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # for the processes that tests start
 
 
 def pytest_sessionfinish(session):

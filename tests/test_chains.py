@@ -33,9 +33,8 @@ PLANE = "line_fmala, plane"
     ("name", "metric"),
     [
         *((name, "dense") for name in SAMPLERS),
-        ("line_fmala", "diag"),
         ("line_fmala", "low_rank"),
-        ("line_fmala", None),
+        *(pytest.param("line_fmala", m, marks=pytest.mark.slow) for m in ("diag", None)),
         pytest.param(PLANE, "dense", marks=pytest.mark.slow),
         *(
             pytest.param("fmala", metric, marks=pytest.mark.slow)

@@ -117,6 +117,7 @@ def logdensity_fn(position):
     return TARGET.logdensity_fn(jnp.concatenate(list(position.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "sampler"), cells(ESTIMATOR_BY_SAMPLER, False))
 def test_an_estimator_in_a_sampler(field, sampler):
     """From exact draws, in a pytree: mean and covariance of a correlated Gaussian stay."""
@@ -238,6 +239,7 @@ def trained():
     return {name: [losses[name] for losses in results] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["SVI", *HOSTS])
 def test_operations_in_inference(host):
     """All of them in one program, which would be compiled for each worker of the tests."""
@@ -362,6 +364,7 @@ MODEL_BY_INFERENCE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_svi(name):
     model, args, y, guide = MODELS[name]()
@@ -383,6 +386,7 @@ def test_a_model_in_svi(name):
     assert all(jnp.all(jnp.isfinite(site)) for site in predicted.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_model_under_nuts(name):
     model, args, y, _ = MODELS[name]()

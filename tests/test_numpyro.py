@@ -78,8 +78,18 @@ def test_moments(name, metric):
     assert len(np.unique(data.sample_stats["step_size"])) == 20
 
 
-@pytest.mark.parametrize("chain_method", ["sequential", "vectorized", jax.vmap])
-@pytest.mark.parametrize("num_chains", [1, 2])
+@pytest.mark.parametrize(
+    ("chain_method", "num_chains"),
+    [
+        ("sequential", 1),
+        ("vectorized", 2),
+        (jax.vmap, 2),
+        *(
+            pytest.param(method, num, marks=pytest.mark.slow)
+            for method, num in (("sequential", 2), ("vectorized", 1), (jax.vmap, 1))
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Some donated buffers:UserWarning")  # NumPyro's, for jax.vmap
 def test_chain_methods(chain_method, num_chains):
     mcmc = mcmc_of(
@@ -208,25 +218,17 @@ def mixture(y):
 
 
 def test_a_block_of_gibbs_beside_discrete_sites():
-    def marginal(y):
-        weight = numpyro.sample("weight", dist.Beta(2, 2))
-        parts = dist.MixtureSameFamily(
-            dist.Categorical(jnp.stack([1 - weight, weight])), dist.Normal(jnp.array([0.0, 3.0]), 1)
-        )
-        with numpyro.plate("rows", len(y)):
-            numpyro.sample("y", parts, obs=y)
-
-    y = jnp.array([0.1, 2.8, 3.3, -0.5, 3.1, 2.9])
-    draws = []
-    for kernel in (
-        Gibbs([(Kernel(mixture, probbp.mala), ["weight"]), (DiscreteGibbs(mixture), ["z"])]),
-        Kernel(marginal, probbp.mala),
-    ):
-        mcmc = mcmc_of(kernel, num_samples=6_000, chain_method="sequential")
-        mcmc.run(jax.random.key(0), y)
-        draws.append(np.asarray(mcmc.get_samples(group_by_chain=True)["weight"]))
-    error = np.hypot(*(float(az.mcse(d)) for d in draws))
-    assert abs(draws[0].mean() - draws[1].mean()) < 4.5 * error
+    """The marginal posterior of the weight is known on a grid."""
+    y = np.array([0.1, 2.8, 3.3, -0.5, 3.1, 2.9])
+    kernel = Gibbs([(Kernel(mixture, probbp.mala), ["weight"]), (DiscreteGibbs(mixture), ["z"])])
+    mcmc = mcmc_of(kernel, num_samples=6_000, num_chains=1)
+    mcmc.run(jax.random.key(0), jnp.asarray(y))
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["weight"])
+    grid = np.linspace(0.0005, 0.9995, 1000)[:, None]
+    likelihood = (1 - grid) * np.exp(-(y**2) / 2) + grid * np.exp(-((y - 3) ** 2) / 2)
+    density = (grid * (1 - grid)).ravel() * likelihood.prod(1)
+    truth = density @ grid.ravel() / density.sum()
+    assert abs(draws.mean() - truth) < 4.5 * float(az.mcse(draws))
 
 
 def test_pickle():
@@ -266,15 +268,29 @@ def with_random_backward_in_a_loop(y):
     scan(row, None, y)
 
 
-@pytest.mark.parametrize("key_policy", ["carried", "refreshed", "shared"])
-@pytest.mark.parametrize("model", [with_random_backward, with_random_backward_in_a_loop])
+@pytest.mark.parametrize(
+    ("model", "key_policy"),
+    [
+        (with_random_backward, "carried"),
+        (with_random_backward_in_a_loop, "shared"),
+        *(
+            pytest.param(model, policy, marks=pytest.mark.slow)
+            for model, policy in (
+                (with_random_backward, "refreshed"),
+                (with_random_backward, "shared"),
+                (with_random_backward_in_a_loop, "carried"),
+                (with_random_backward_in_a_loop, "refreshed"),
+            )
+        ),
+    ],
+)
 def test_a_random_backward_pass_keeps_the_chain_exact(model, key_policy):
     mcmc = mcmc_of(Kernel(model, partial(probbp.mala, key_policy=key_policy)), num_samples=6_000)
     mcmc.run(jax.random.key(0), Y)
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "mala"])
+@members([name for name in KERNELS if name != "mala"], quick=["fmala", "pc_line_fmala"])
 def test_a_random_backward_pass_keeps_forward_samplers_exact(name):
     # At its usual rate, the best in many dimensions, fmala's carried slopes make it stick in two.
     kernel = Kernel(with_random_backward, KERNELS[name], target_accept_prob=0.6)
@@ -319,8 +335,15 @@ def with_a_wrong_derivative(y):
         numpyro.sample("y", dist.Normal(seen, 1), obs=y)
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("kernel", [NUTS, partial(HMC, trajectory_length=1.5)])
+@pytest.mark.parametrize(
+    ("kernel", "forward_mode"),
+    [
+        (NUTS, False),
+        pytest.param(NUTS, True, marks=pytest.mark.slow),
+        pytest.param(partial(HMC, trajectory_length=1.5), False, marks=pytest.mark.slow),
+        pytest.param(partial(HMC, trajectory_length=1.5), True, marks=pytest.mark.slow),
+    ],
+)
 def test_numpyro_s_samplers_are_exact_with_a_wrong_derivative(kernel, forward_mode):
     kernel = kernel(with_a_wrong_derivative, forward_mode_differentiation=forward_mode)
     mcmc = mcmc_of(kernel, num_samples=6_000)
@@ -328,6 +351,7 @@ def test_numpyro_s_samplers_are_exact_with_a_wrong_derivative(kernel, forward_mo
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
 
+@pytest.mark.slow
 def test_blackjax_s_nuts_is_exact_with_a_wrong_derivative():
     kernel = Kernel(with_a_wrong_derivative, blackjax.nuts, target_accept_prob=0.8)
     mcmc = mcmc_of(kernel, num_samples=3_000)
@@ -335,6 +359,7 @@ def test_blackjax_s_nuts_is_exact_with_a_wrong_derivative():
     assert_moments(az.from_numpyro(mcmc), MOMENTS)
 
 
+@pytest.mark.slow
 def test_numpyro_s_samplers_hand_a_fixed_key_to_a_random_backward_pass():
     mcmc = mcmc_of(NUTS(with_random_backward), num_samples=3_000)
     mcmc.run(jax.random.key(0), Y)
@@ -396,7 +421,10 @@ def network_guide(x, y):
 
 
 @pytest.mark.optimised  # without, the two programs may round apart
-@pytest.mark.parametrize("options", [{}, {"stable_update": True}, {"progress_bar": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stable_update": True}, pytest.param({"progress_bar": True}, marks=pytest.mark.slow)],
+)
 def test_with_the_exact_gradient_it_is_plain_optax_bit_for_bit(options):
     y = jnp.sin(3 * ROWS)
     transformation = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-2))
@@ -421,7 +449,7 @@ SVI_ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", SVI_ESTIMATORS)
+@members(SVI_ESTIMATORS, quick=["reverse", "forward"])
 def test_svi_finds_a_conjugate_posterior(name):
     """The guide of `scale` is a normal on the log scale; that of `mean` holds the posterior."""
     estimator, _ = SVI_ESTIMATORS[name]
@@ -433,7 +461,7 @@ def test_svi_finds_a_conjugate_posterior(name):
     assert abs(params["mean_auto_scale"] / np.sqrt(variance) - 1) < 0.1
 
 
-@pytest.mark.parametrize("name", SVI_ESTIMATORS)
+@members(SVI_ESTIMATORS, quick=["reverse", "forward", "all directions"])
 def test_the_key_can_be_set_and_moves_on(name):
     estimator, is_random = SVI_ESTIMATORS[name]
 

@@ -16,7 +16,6 @@ import long_run
 import numpy as np
 import pytest
 import xarray as xr
-from jax.experimental.compilation_cache import compilation_cache
 
 import probbp
 from probbp.samplers import checkpoints, progress, sinks, streams
@@ -55,20 +54,6 @@ def same(theirs, ours):
     for name in ours:
         assert theirs[name].dtype == ours[name].dtype, name
         np.testing.assert_array_equal(theirs[name], ours[name], err_msg=name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_kept(tmp_path_factory):
-    """The same few programs again and again: compiled once, and then read from disk."""
-    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, f"jax_{name}") for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0), strict=True):
-        jax.config.update(f"jax_{name}", value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(f"jax_{name}", value)
-    compilation_cache.reset_cache()
 
 
 # What follows is asked for within a test, where `conftest.py` has set how programs are compiled.
