@@ -90,7 +90,6 @@ def groups(n):
         numpyro.sample("y", dist.Normal(level[group[index]], 1), obs=Y[index])
 
 
-MODELS = [by_index, by_subsample, inside_a_whole_plate, nested, two_tables, scaled_factor, groups]
 SIZES = {"rows": N, "columns": 3, "others": 3}
 
 
@@ -102,7 +101,16 @@ def every_row(plates):
     return Minibatch(dict(zip(plates, columns, strict=True)), keys)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(by_index, by_subsample, nested, two_tables),
+        *(
+            pytest.param(model, marks=pytest.mark.slow)
+            for model in (inside_a_whole_plate, scaled_factor, groups)
+        ),
+    ],
+)
 def test_the_mean_over_all_rows_is_the_model_without_subsampling(model):
     @jax.jit
     def evaluate():
@@ -227,9 +235,9 @@ def kept(logdensity_fn, num_chains=20_000, num_steps=8, step_size=0.02, **option
     ("name", "key_policy"),
     [
         ("mini-batch", "carried"),
-        ("mini-batch", "shared"),
+        pytest.param("mini-batch", "shared", marks=pytest.mark.slow),
         ("control variates", "carried"),
-        ("wrong", "carried"),
+        pytest.param("wrong", "carried", marks=pytest.mark.slow),
     ],
 )
 def test_mala_keeps_the_posterior(name, key_policy):

@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from numpyro.infer import MCMC, SVI, BarkerMH, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from tables import PROGRAMS, build, members
@@ -194,6 +195,36 @@ def test_what_is_called_back_is_called_anew():
         return len(calls)
 
     assert num_calls() == num_calls() > 0
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A folder of its own for compiled programs."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_kept_program_that_is_damaged_costs_time_alone(damage, kept):
+    """What the tests keep between runs: another run may be writing it, or was killed."""
+
+    def compute():
+        jax.clear_caches()
+        return jax.jit(lambda x: jnp.sum(jnp.sin(x) ** 2))(jnp.arange(5.0))
+
+    right = compute()
+    (program,) = kept.glob("jit__lambda*-cache")
+    content = program.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    broken = {"truncated": content[:middle], "flipped": flipped, "empty": b""}[damage]
+    program.write_bytes(broken)
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+        assert compute() == right
 
 
 @members(PROGRAMS)

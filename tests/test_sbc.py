@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.scipy.stats import norm
 from scipy import stats
+from tables import members
 
 import probbp
 from probbp.diagnostics import (
@@ -84,6 +85,10 @@ def log_densities(params, y):
     return {"log likelihood": likelihood, "log prior": prior}
 
 
+at_three_keys = pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
+
 calibrate_normal = partial(
     simulation_based_calibration,
     simulate=simulate_normal,
@@ -93,7 +98,7 @@ calibrate_normal = partial(
 )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@at_three_keys
 def test_exact_draws_pass(seed):
     result = calibrate_normal(jax.random.key(seed), infer=infer_normal)
     p_values, overall = uniformity(result)
@@ -117,7 +122,7 @@ WRONG_NORMAL = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_NORMAL)
+@members(WRONG_NORMAL, quick=["too narrow", "without the prior", "without the data"])
 def test_wrong_draws_are_found(name):
     error, quantity = WRONG_NORMAL[name]
     result = calibrate_normal(
@@ -291,7 +296,7 @@ calibrate_schools = partial(
 )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@at_three_keys
 def test_mala_at_eight_schools(seed):
     result = calibrate_schools(jax.random.key(seed), infer=infer_schools)
     assert result.ranks["theta_raw"].shape == (200, 8)
@@ -306,7 +311,7 @@ WRONG_SCHOOLS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_SCHOOLS)
+@members(WRONG_SCHOOLS, quick=["no metropolis test"])
 def test_wrong_samplers_at_eight_schools(name):
     error, num_simulations = WRONG_SCHOOLS[name]
     infer = partial(infer_schools, **error)

@@ -20,8 +20,10 @@ three minutes on two cores.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +37,12 @@ from numpyro.infer.util import initialize_model
 from sklearn.datasets import load_breast_cancer
 
 from probbp.diagnostics.gradients import gradient_quality
-from probbp.estimators import averaged, control_variate, forward, reverse
+from probbp.estimators import averaged, forward, reverse
 from probbp.models import bnn
-from probbp.types import Estimator
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tables import ESTIMATORS, Member
 
 
 class Problem(NamedTuple):
@@ -48,38 +53,22 @@ class Problem(NamedTuple):
     params: Any
 
 
-class Member(NamedTuple):
-    """An estimator, and its relative variance as a function of the number of parameters d."""
-
-    estimator: Estimator
-    variance: Callable[[int], float] | None = None
-
-
-def nine_tenths_known(fun, has_aux=False):
-    """Estimate what an approximation leaves that has the direction right and a tenth too little."""
-
-    def approximate_grad(params):
-        return optax.tree.scale(0.9, jax.grad(fun)(params))
-
-    return control_variate(forward(4), approximate_grad)(fun, has_aux)
+def of_tangents(tangents: Any, k: int) -> Member:
+    """Return forward gradients along k tangents, with their relative variance."""
+    formula = {
+        "gaussian": lambda d: (d + 1) / k,
+        "unit": lambda d: (d - 1) / k,
+        "orthogonal": lambda d: d / k - 1,
+    }
+    return Member(forward(k, tangents=tangents), formula[tangents])
 
 
-ESTIMATORS = {
-    "reverse": Member(reverse(), lambda d: 0),
-    "gaussian, k=1": Member(forward(1), lambda d: d + 1),
-    "gaussian, k=4": Member(forward(4), lambda d: (d + 1) / 4),
-    "gaussian, k=16": Member(forward(16), lambda d: (d + 1) / 16),
-    "unit, k=1": Member(forward(1, tangents="unit"), lambda d: d - 1),
-    "unit, k=4": Member(forward(4, tangents="unit"), lambda d: (d - 1) / 4),
-    "unit, k=16": Member(forward(16, tangents="unit"), lambda d: (d - 1) / 16),
-    "orthogonal, k=1": Member(forward(1, tangents="orthogonal"), lambda d: d - 1),
-    "orthogonal, k=4": Member(forward(4, tangents="orthogonal"), lambda d: d / 4 - 1),
-    "orthogonal, k=16": Member(forward(16, tangents="orthogonal"), lambda d: d / 16 - 1),
-    # A tenth of the gradient is left to estimate, and with it a hundredth of the variance.
-    "nine tenths known, k=4": Member(nine_tenths_known, lambda d: (d + 1) / 400),
-    "averaged, 4 of gaussian, k=4": Member(averaged(forward(4), 4), lambda d: (d + 1) / 16),
+# The members of the tests' table are along four tangents.
+MEMBERS = ESTIMATORS | {
+    f"{tangents}, k={k}": of_tangents(tangents, k)
+    for tangents in ("gaussian", "unit", "orthogonal")
+    for k in (1, 16)
 }
-"""A new estimator joins by a line; without a formula its variance is printed alone."""
 
 COSTS = {
     "reverse": reverse(),
@@ -115,7 +104,7 @@ def print_variances(problem: Problem, num_keys: int) -> None:
         f"{'':30s}{'variance':>10s}{'s.e.':>8s}{'theory':>9s}{'z':>6s}"
         f"{'slope':>8s}{'s.e.':>8s}{'cosine':>8s}  bias"
     )
-    for i, (name, member) in enumerate(ESTIMATORS.items()):
+    for i, (name, member) in enumerate(MEMBERS.items()):
         quality = gradient_quality(
             jax.random.key(i), member.estimator, problem.fun, problem.params, num_keys=num_keys
         )

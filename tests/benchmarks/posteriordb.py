@@ -49,13 +49,12 @@ from posteriors import MODELS, Posterior, entry, load
 
 import probbp
 
-OURS = {
-    "mala": probbp.mala,
-    "fmala": probbp.fmala,
-    "line_fmala": probbp.line_fmala,
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tables import SAMPLERS
+
+OURS = {name: member.algorithm for name, member in SAMPLERS.items()} | {
     "line_fmala, 4 tangents": partial(probbp.line_fmala, num_tangents=4),
-    "pc_fmala": probbp.pc_fmala,
-    "pc_line_fmala": probbp.pc_line_fmala,
     "pc_line_fmala, 2 tangents": partial(probbp.pc_line_fmala, num_tangents=2),
 }
 
