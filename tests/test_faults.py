@@ -137,7 +137,7 @@ def run(name, logdensity_fn, position=None):
     return data, np.max(np.nan_to_num(apart, nan=np.inf))
 
 
-@pytest.mark.parametrize("name", ["mala", "fmala", "pc_line_fmala"])
+@members(["mala", "fmala", "pc_line_fmala"], quick=["mala"])
 def test_the_warm_up_survives_a_broken_density(name):
     data, distance = run(name, lambda x: broken_in_four_places(x["x"]))
     assert np.all(np.asarray(is_whole(data.posterior["x"].values)))
@@ -155,8 +155,15 @@ IMPROPER = {
 }
 
 
-@pytest.mark.parametrize("name", ["mala", "pc_line_fmala"])
-@pytest.mark.parametrize("target", IMPROPER)
+@members(["mala", "pc_line_fmala"], quick=["mala"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "flat",
+        "a pole",
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("growing", "flat in one direction")),
+    ],
+)
 def test_what_is_no_density_ends_in_finite_draws_and_is_told(target, name):
     data, _ = run(name, IMPROPER[target], {"x": jnp.ones(2)})
     diverging = data.sample_stats["diverging"].values.mean()

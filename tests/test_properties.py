@@ -55,7 +55,7 @@ def described(tree):
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
-@members(ESTIMATORS, quick=["gaussian", "orthogonal", "averaged"])
+@members(ESTIMATORS, quick=["gaussian", "orthogonal"])
 @few(max_examples=3)
 @given(tree=trees(leaves(), max_leaves=3))
 def test_estimators_keep_the_value_and_the_shape_of_the_parameters(name, tree):
