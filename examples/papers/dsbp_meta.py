@@ -255,10 +255,12 @@ def few_shots(ax, found, fast):
     def episode(key, pair):
         """Return five images of each class to adapt to, and fifteen to be judged by."""
         keys = jax.random.split(key)
-        rows = jnp.stack([
-            jax.random.choice(k, by_class[c], (20,), replace=False)
-            for k, c in zip(keys, pair, strict=True)
-        ])  # fmt: skip
+        rows = jnp.stack(
+            [
+                jax.random.choice(k, by_class[c], (20,), replace=False)
+                for k, c in zip(keys, pair, strict=True)
+            ]
+        )
         y = jnp.tile(jnp.array([[0.0], [1.0]], jnp.float32), 20)
         parts = slice(0, 5), slice(5, 20)
         return [(images[rows[:, p]].reshape(-1, 64), y[:, p].ravel()) for p in parts]

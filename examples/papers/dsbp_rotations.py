@@ -229,9 +229,9 @@ def eigenbases(ax, found, fast):
         rotated = np.asarray(turned.T @ matrix @ turned)
         off = np.linalg.norm(rotated - np.diag(np.diag(rotated))) / np.linalg.norm(matrix)
         new = new * np.where(np.sum(new * by_eigh, 0) < 0, -1, 1)  # the sign is easily mended
-        records.append([
-            np.sum(new * by_eigh, 0).min(), np.sum(np.asarray(turned * by_step), 0).min(), off
-        ])  # fmt: skip
+        records.append(
+            [np.sum(new * by_eigh, 0).min(), np.sum(np.asarray(turned * by_step), 0).min(), off]
+        )
         by_eigh, by_step = new, turned
     ours, theirs = np.array(records)[:, 1], np.array(records)[:, 0]
     found["columns"] = {"jacobi_step": ours, "eigh": theirs}
@@ -296,10 +296,12 @@ def principal_plane(found, fast):
 
     def row(name, draws, per_draw):
         ess = min(effective_sample_size(np.asarray(draws[..., i])) for i in range(2))
-        found[name] = np.array([
-            1e3 * min(effective_sample_size(np.asarray(each[None, :, i])) for i in range(2))
-            for each in draws
-        ]) / (num * per_draw)  # fmt: skip
+        found[name] = np.array(
+            [
+                1e3 * min(effective_sample_size(np.asarray(each[None, :, i])) for i in range(2))
+                for each in draws
+            ]
+        ) / (num * per_draw)
         flat = np.asarray(draws).reshape(-1, 2)
         cells = "".join(f"{m:8.4f}{s:8.4f}" for m, s in zip(flat.mean(0), flat.std(0), strict=True))
         return f"{name:22s}{cells}{1e3 * ess / (num * chains * per_draw):26.1f}"
@@ -316,10 +318,19 @@ def principal_plane(found, fast):
         numpyro.factor("density", logdensity(frame))
         numpyro.deterministic("seen", seen(frame))
 
-    mcmc = MCMC(NUTS(model), num_warmup=num // 4, num_samples=num, num_chains=chains,
-                chain_method="vectorized", progress_bar=False)  # fmt: skip
-    mcmc.run(jax.random.key(1), init_params={"z": jnp.tile(first, (chains, 1, 1))},
-             extra_fields=("num_steps",))  # fmt: skip
+    mcmc = MCMC(
+        NUTS(model),
+        num_warmup=num // 4,
+        num_samples=num,
+        num_chains=chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(
+        jax.random.key(1),
+        init_params={"z": jnp.tile(first, (chains, 1, 1))},
+        extra_fields=("num_steps",),
+    )
     per_draw = float(mcmc.get_extra_fields()["num_steps"].mean())
     draws = mcmc.get_samples(group_by_chain=True)["seen"]
     return [*lines, row("NUTS, polar factor", draws, per_draw)]

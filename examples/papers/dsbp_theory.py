@@ -134,10 +134,14 @@ def equation_orders(ax, found, _):
             0, steps, lambda _, w, eta=eta: w - eta * projector @ jax.grad(loss)(w), start
         )
         make = partial(modified_equation, loss, eta, project=lambda g: projector @ g)
-        errors.append([
-            jnp.linalg.norm(end - simulate(jax.random.key(0), make(order=k), start, span, 2_000))
-            for k in (1, 2)
-        ])  # fmt: skip
+        errors.append(
+            [
+                jnp.linalg.norm(
+                    end - simulate(jax.random.key(0), make(order=k), start, span, 2_000)
+                )
+                for k in (1, 2)
+            ]
+        )
         ratios = (
             [f"{a / b:8.2f}" for a, b in zip(*errors[-2:], strict=True)] if errors[1:] else [""] * 2
         )

@@ -196,8 +196,9 @@ def digits(found, fast):
             h = layer(h)
         accuracy = (h.argmax(-1) == test_y).mean()
         ours = grad_of(layers, b, train_x, train_y)[0]
-        theirs = jax.grad(partial(loss, "backpropagation"))(layers, [p["kernel"] for p in layers],
-                                                            train_x, train_y)  # fmt: skip
+        theirs = jax.grad(partial(loss, "backpropagation"))(
+            layers, [p["kernel"] for p in layers], train_x, train_y
+        )
         cosines = [feedback.alignment(ours, theirs)[i]["kernel"] for i in (0, 1)]
         if rule == "direct":
             aligned = [jnp.nan, jnp.nan]
@@ -345,8 +346,13 @@ def monte_carlo(found, fast):
                 progress_bar=False,
             )
             start = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_chains), mode)
-            mcmc.run(jax.random.key(13), x, y, init_params=start,
-                     extra_fields=("accept_prob", "adapt_state.step_size"))  # fmt: skip
+            mcmc.run(
+                jax.random.key(13),
+                x,
+                y,
+                init_params=start,
+                extra_fields=("accept_prob", "adapt_state.step_size"),
+            )
             fields = mcmc.get_extra_fields()
             draws = mcmc.get_samples(group_by_chain=True)
             outputs = np.asarray(predicted(draws, probe))

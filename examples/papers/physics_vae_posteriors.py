@@ -198,8 +198,9 @@ def ranks(vae, params, test, names, how, num_simulations, num_steps):
         else:
             mean, factor = vae.encode(params, x[None])
             draws = mean + jax.random.normal(key, (100, mean.shape[-1])) @ factor[0].T
-        return {name: vae.latents[name].transform(draws[:, vae.latents[name].start])
-                for name in names}  # fmt: skip
+        return {
+            name: vae.latents[name].transform(draws[:, vae.latents[name].start]) for name in names
+        }
 
     return simulation_based_calibration(
         jax.random.key(8),

@@ -82,7 +82,8 @@ def _draw_leaves(quality: GradientQuality, ax: Any) -> None:
     for y, cells in enumerate(columns, start=-1):
         for cell, shift in zip(cells, (52, 104, 156), strict=True):
             ax.annotate(
-                *(cell, (1, max(y, -0.7))),
+                cell,
+                (1, max(y, -0.7)),
                 xycoords=ax.get_yaxis_transform(),
                 xytext=(shift, 0),
                 textcoords="offset points",
@@ -134,7 +135,9 @@ def _draw_estimators(quality: Mapping[str, GradientQuality], ax: Any) -> None:
         if is_seen[i]:
             ax.errorbar(costs[i], y, yerr=2 * bars[i], color=color, lw=1.2, capsize=0, zorder=2)
         ax.plot(
-            *(costs[i], y, "o" if is_seen[i] else "v"),
+            costs[i],
+            y,
+            "o" if is_seen[i] else "v",
             color=color,
             mfc="white" if is_biased else color,
             ms=7,
@@ -143,7 +146,8 @@ def _draw_estimators(quality: Mapping[str, GradientQuality], ax: Any) -> None:
             zorder=3,
         )
         ax.annotate(
-            *(labels[i], (costs[i], y)),
+            labels[i],
+            (costs[i], y),
             xytext=tuple(offsets[i]),
             textcoords="offset points",
             ha="right" if offsets[i, 0] < 0 else "left",
