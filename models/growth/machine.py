@@ -228,7 +228,8 @@ class _Rules(NamedTuple):
     every: int | None
 
     def improves(self, score: float, best: float) -> bool:
-        return np.isneginf(best) or score > best + max(self.min_improvement * abs(best), 1e-5)
+        is_first = best == -np.inf
+        return is_first or score > best + max(self.min_improvement * abs(best), 1e-5)
 
 
 def _train(key: jax.Array, state: State, host: Host, rules: _Rules) -> State:

@@ -47,10 +47,7 @@ def model_of(physics, priors, labels, net, reference, overall, num_outputs, spre
             x = rows["x"]
             parameters = {name: numpyro.sample(name, p) for name, p in priors.items()}
             z = {
-                name: numpyro.sample(
-                    f"z_{name}",
-                    _conditional_prior(net, name, label, rows[name], rows[f"has_{name}"]),
-                )
+                name: numpyro.sample(f"z_{name}", _conditional_prior(net, name, label, rows))
                 for name, label in labels.items()
             }
             response = _response(physics, parameters, rows["known"])
@@ -81,8 +78,9 @@ def _prior(net, name, features):
     return dist.Normal(mean, jnp.exp(jnp.clip(log_scale, -7.0, 3.0))).to_event(1)
 
 
-def _conditional_prior(net, name, label, value, has):
+def _conditional_prior(net, name, label, rows):
     """Return p(z | label), the label summed over or sampled in rows that lack it."""
+    value, has = rows[name], rows[f"has_{name}"]
     if has is None:
         return _prior(net, name, label.features(value))
     if label.marginal.has_enumerate_support:
