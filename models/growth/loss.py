@@ -100,7 +100,7 @@ def from_loss(
     )
 
     def fresh(params, dendrites):
-        """Return the network with an optimiser that starts anew."""
+        """Return the network with a new state of the optimiser."""
         return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
 
     def like(masks):
