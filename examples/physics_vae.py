@@ -88,8 +88,10 @@ for ax, (i, name) in zip(above.subplots(1, 3), enumerate(strengths), strict=True
         table = physics_vae.disentanglement(groups, test.factors)
         tables.append([list(row.values()) for row in table.values()])
     e, x_f, right = np.transpose(scores)
-    print(f"{name:18s}{e[0]:8.3f},{e[1]:6.3f}{x_f[0]:10.3f},{x_f[1]:6.3f}"
-          f"{right[0]:10.1%},{right[1]:6.1%}")  # fmt: skip
+    print(
+        f"{name:18s}{e[0]:8.3f},{e[1]:6.3f}{x_f[0]:10.3f},{x_f[1]:6.3f}"
+        f"{right[0]:10.1%},{right[1]:6.1%}"
+    )
     cells = np.mean(tables, 0)
     ax.imshow(cells, vmin=0, vmax=1, cmap="Blues")
     for (row, column), cell in np.ndenumerate(cells):

@@ -86,8 +86,9 @@ for name, (x, elbo, ms) in fits.items():
     rmse = jnp.sqrt(jnp.mean((x.mean(0) - truth)[:, hidden] ** 2))
     low, high = jnp.quantile(x[..., hidden], jnp.array([0.05, 0.95]), axis=0)
     cover = jnp.mean((truth[:, hidden] >= low - 0.1) & (truth[:, hidden] <= high + 0.1))
-    print(f"{name:12s}{elbo[-50:].mean():9.1f}{elbo[-50:].std():7.1f}{ms:7.1f}"
-          f"{rmse:7.2f}{cover:7.2f}")  # fmt: skip
+    print(
+        f"{name:12s}{elbo[-50:].mean():9.1f}{elbo[-50:].std():7.1f}{ms:7.1f}{rmse:7.2f}{cover:7.2f}"
+    )
 
 guided, _, _ = fit("first", label=jnp.arange(10))
 told = jnp.mean(jnp.argmax(guided @ weights + bias, axis=-1) == jnp.arange(10))

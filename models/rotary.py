@@ -45,27 +45,11 @@ def rotary(
     """
     # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"Rotary positions that differ by layer are not supported: {rope}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise ValueError(
-            f"Rotary positions of type {kind!r} are not supported. Supported are "
-            f"{', '.join(_ROPE_TYPES)}."
-        )
-    missing = [name for name in _ROPE_TYPES[kind] if rope.get(name) is None]
-    if missing:
-        raise ValueError(f"Rotary positions of type {kind!r} lack {', '.join(missing)}: {rope}.")
+    _check(config, rope, kind, head_dim)
     base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial} is not supported, only 1.")
-    if head_dim % 2:
-        raise ValueError(f"Rotary positions turn pairs, but a head has {head_dim} features.")
     trained = config.get("max_position_embeddings", longest)
-    # Where it is written outside, it takes precedence.
-    original = config.get("original_max_position_embeddings")
-    original = original or rope.get("original_max_position_embeddings") or trained
+    original = _original_length(config, rope) or trained
     factor = rope.get("factor") or trained / original
     frequencies = {
         "default": lambda length: _frequencies(base, head_dim),
@@ -105,6 +89,30 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def _check(config, rope, kind, head_dim):
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"Rotary positions that differ by layer are not supported: {rope}.")
+    if kind not in _ROPE_TYPES:
+        raise ValueError(
+            f"Rotary positions of type {kind!r} are not supported. Supported are "
+            f"{', '.join(_ROPE_TYPES)}."
+        )
+    missing = [name for name in _ROPE_TYPES[kind] if rope.get(name) is None]
+    if missing:
+        raise ValueError(f"Rotary positions of type {kind!r} lack {', '.join(missing)}: {rope}.")
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor={partial} is not supported, only 1.")
+    if head_dim % 2:
+        raise ValueError(f"Rotary positions turn pairs, but a head has {head_dim} features.")
+
+
+def _original_length(config, rope):
+    """Return how long sequences were before scaling; what is written outside takes precedence."""
+    name = "original_max_position_embeddings"
+    return config.get(name) or rope.get(name)
 
 
 def _frequencies(base, head_dim):

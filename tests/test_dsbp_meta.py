@@ -178,8 +178,12 @@ def test_the_outer_loss_is_the_mean_over_tasks_of_what_is_left():
     rates = Rates(jnp.array([0.5]), jnp.array(0.0))
     value = outer_loss(
         lambda w, target: jnp.sum((w - target) ** 2) / 2,
-        jnp.zeros(1), rates, jnp.ones((1, 1)), support, query,
-    )  # fmt: skip
+        jnp.zeros(1),
+        rates,
+        jnp.ones((1, 1)),
+        support,
+        query,
+    )
     # Half way to 1 and to 3, and from there to 2 and to 7.
     assert value == ((2 - 0.5) ** 2 + (7 - 1.5) ** 2) / 4
 
@@ -279,11 +283,16 @@ def test_the_mode_under_the_true_prior_is_the_oracle_s_ridge_regression():
     x, y, _ = draw_tasks(6, 4)
     rates = Rates(VARIANCES, jnp.array(0.01))
     covariance = TRUE @ jnp.diag(VARIANCES - 0.01) @ TRUE.T + 0.01 * jnp.eye(DIM)
-    solve = jax.jit(jax.vmap(partial(
-        posterior_mode, half_squares, jnp.zeros(DIM), vectors=TRUE.T, rates=rates,
-        num_products=2 * SHOTS)))  # fmt: skip
+    solve = partial(
+        posterior_mode,
+        half_squares,
+        jnp.zeros(DIM),
+        vectors=TRUE.T,
+        rates=rates,
+        num_products=2 * SHOTS,
+    )
     np.testing.assert_allclose(
-        solve((x, y)), jax.vmap(ridge, (0, 0, None))(x, y, covariance), atol=1e-8
+        jax.jit(jax.vmap(solve))((x, y)), jax.vmap(ridge, (0, 0, None))(x, y, covariance), atol=1e-8
     )
 
 
@@ -298,8 +307,14 @@ def test_what_is_learnt_from_tasks_approaches_the_oracle():
     def learn(x, y):
         basis, rates = learnt_prior(x, y)
         sine = jnp.linalg.norm(TRUE - basis.vectors.T @ (basis.vectors @ TRUE), 2)
-        solve = partial(posterior_mode, half_squares, jnp.zeros(DIM), vectors=basis.vectors,
-                        rates=rates, num_products=2 * SHOTS)  # fmt: skip
+        solve = partial(
+            posterior_mode,
+            half_squares,
+            jnp.zeros(DIM),
+            vectors=basis.vectors,
+            rates=rates,
+            num_products=2 * SHOTS,
+        )
         return sine, risk(jax.vmap(solve)((new_x, new_y)), new_w)
 
     def four(num_tasks):

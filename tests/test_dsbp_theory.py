@@ -146,9 +146,13 @@ def test_a_penalty_goes_no_further_than_the_projection():
 
     def end(rho, mask):
         equation = modified_equation(
-            valley, 1e-3, project=lambda g: jnp.array(mask) * g, order=1, rho=rho,
+            valley,
+            1e-3,
+            project=lambda g: jnp.array(mask) * g,
+            order=1,
+            rho=rho,
             leading_fn=(lambda w: jnp.array([1.0, 0.0])) if rho else None,
-        )  # fmt: skip
+        )
         return simulate(KEYS[0], equation, jnp.array([0.0, 0.8]), time=2.0, num_steps=100)
 
     assert end(0.0, [1.0, 1.0])[1] == 0.8
@@ -288,8 +292,12 @@ def test_the_draws_mean_loss_is_the_posterior_s():
     result = certificate(
         KEYS[4],
         lambda w, r: jnp.minimum(r * (w @ MIX @ MIX.T @ w) / 60, 1.0),  # far from 1
-        line, posterior, rows, range(4), num_draws=4_000,
-    )  # fmt: skip
+        line,
+        posterior,
+        rows,
+        range(4),
+        num_draws=4_000,
+    )
     mean, axes, variances = map(np.asarray, posterior)
     inside = BASIS.T @ np.asarray(MIX @ MIX.T) @ BASIS / 60
     covariance = axes @ np.diag(variances) @ axes.T
@@ -328,9 +336,16 @@ def certified(key, basis_of, scale=1.0):
         mean -= jnp.linalg.solve(jax.hessian(objective)(mean), jax.grad(objective)(mean))
     posterior = laplace(smooth, line, mean, n)
     return certificate(
-        key_draws, errors, line, posterior, (x, y), range(NUM), delta=0.1, delta_draws=0.1,
+        key_draws,
+        errors,
+        line,
+        posterior,
+        (x, y),
+        range(NUM),
+        delta=0.1,
+        delta_draws=0.1,
         num_draws=100,
-    )  # fmt: skip
+    )
 
 
 def of_chance(key, x, y):

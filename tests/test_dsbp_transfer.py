@@ -53,15 +53,20 @@ def of_hessian(params, rank, num_products=None):
 
 def of_gauss_newton(params, rank, num_products=None):
     return transfer.laplace(
-        *(KEY, negative_log_likelihood, params),
-        **{"rank": rank, "rest": 0.5, "outputs_fn": outputs, "num_products": num_products},
+        KEY,
+        negative_log_likelihood,
+        params,
+        rank=rank,
+        rest=0.5,
+        outputs_fn=outputs,
+        num_products=num_products,
     )
 
 
 def flat_basis(prior):
-    return np.stack([ravel_pytree(q)[0] for q in [
-        jax.tree.map(lambda leaf, i=i: leaf[i], prior.basis) for i in range(len(prior.curvatures))
-    ]])  # fmt: skip
+    num = len(prior.curvatures)
+    rows = [jax.tree.map(lambda leaf, i=i: leaf[i], prior.basis) for i in range(num)]
+    return np.stack([ravel_pytree(row)[0] for row in rows])
 
 
 def dense(prior):
@@ -158,8 +163,12 @@ def test_in_single_precision_all_of_it_is_single():
     @jax.jit
     def everything(params):
         prior = transfer.laplace(
-            *(KEY, negative_log_likelihood, params),
-            **{"rank": 3, "rest": 0.5, "outputs_fn": lambda p: x @ p["kernel"] + p["bias"]},
+            KEY,
+            negative_log_likelihood,
+            params,
+            rank=3,
+            rest=0.5,
+            outputs_fn=lambda p: x @ p["kernel"] + p["bias"],
         )
         white = transfer.unwhiten(prior, params)
         return prior, white, transfer.penalty(prior, white), transfer.log_density(prior, white)
@@ -276,8 +285,12 @@ def test_on_digits_it_stands_for_the_source_s_data():
     optimum = fit(none, 1.0, 0.0)
     prior = jax.jit(
         lambda params: transfer.laplace(
-            *(KEY, partial(negative, labels=source[1]), params),
-            **{"rank": 10, "rest": 1.0, "num_products": 17},
+            KEY,
+            partial(negative, labels=source[1]),
+            params,
+            rank=10,
+            rest=1.0,
+            num_products=17,
             outputs_fn=lambda params: logits(params, source[0]),
         )
     )(optimum)

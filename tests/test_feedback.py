@@ -496,8 +496,9 @@ def test_with_decay_the_linear_network_aligns_by_the_closed_form():
     schedule = decay_until_aligned(1.0, rate, decay, width)
     off = round(width**0.5 / (rate * decay))
     assert schedule(off) == decay  # the step in which the budget is reached
-    run = jax.jit(partial(descend, width=width, x=x, y=y, num_steps=off + 200, rate=rate,
-                          decay=schedule))  # fmt: skip
+    run = jax.jit(
+        partial(descend, width=width, x=x, y=y, num_steps=off + 200, rate=rate, decay=schedule)
+    )
     cosine, error, _ = run(KEYS[5])
     for kappa in kappas:
         step = round(kappa * width**0.5 / (rate * decay))
@@ -569,9 +570,8 @@ def blackjax_draws(algorithm, key, num_chains=100, num_steps=500):
 
 def assert_moments(draws):
     """Mean and second moments of chains (chains, draws, 2) within their Monte Carlo error."""
-    products = jnp.stack(
-        [draws[..., 0], draws[..., 1], draws[..., 0] ** 2, draws[..., 0] * draws[..., 1],
-         draws[..., 1] ** 2], -1)  # fmt: skip
+    x, y = draws[..., 0], draws[..., 1]
+    products = jnp.stack([x, y, x**2, x * y, y**2], -1)
     means = products.mean(1)
     z = (means.mean(0) - jnp.array([0, 0, 1, 0.8, 1.5])) / (means.std(0) / len(means) ** 0.5)
     assert jnp.all(jnp.abs(z) < 4), z

@@ -26,11 +26,17 @@ record["digest"] = os.environ["DIGEST_OF_" + name]
 FIGURE = {"what": "error", "mean": 1.0, "low": 0.5, "high": 1.5, "unit": ""}
 RECORD = {
     "paper": {"title": "A title", "authors": "Authors", "arxiv": "0000.00000"},
-    **{"claim": "A claim.", "setting": "A setting.", "caption": "A caption."},
-    **{"ours": FIGURE, "baseline": FIGURE},
+    "claim": "A claim.",
+    "setting": "A setting.",
+    "caption": "A caption.",
+    "ours": FIGURE,
+    "baseline": FIGURE,
     "checks": [FIGURE | {"claim": "small", "side": "below", "bound": 2.0, "holds": True}],
-    **{"verdict": "holds", "command": "a command", "commit": "abc"},
-    **{"cpu_seconds": 1, "versions": {}},
+    "verdict": "holds",
+    "command": "a command",
+    "commit": "abc",
+    "cpu_seconds": 1,
+    "versions": {},
 }
 
 
@@ -137,19 +143,27 @@ def test_the_runner_runs_what_is_due(run):
     assert run() == (0, [])
     (run.folder / "results" / "first.json").unlink()  # as if interrupted
     assert run() == (0, ["first"])
-    (run.folder / "second.py").write_text(FAKE + "# another\n")
+    (run.folder / "second.py").write_text(FAKE + "another = True\n")
     assert run() == (0, ["second"])
-    (run.folder / "_shared.py").write_text("# what both import\n")
+    (run.folder / "_shared.py").write_text("what_both_import = True\n")
     assert run("first") == (0, ["first"])
     assert run() == (0, ["second"])
     assert run("first", "--fresh") == (0, ["first"])
+
+
+def test_layout_comments_and_docstrings_make_nothing_due(run):
+    run()
+    other = FAKE.replace("os.environ[", "os.environ[\n    ").replace("import json", "import  json")
+    (run.folder / "first.py").write_text(f'"""What it is."""\n# a comment\n{other}')
+    (run.folder / "_shared.py").write_text('"""What both import."""\n')
+    assert run() == (0, [])
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit(3)", "pass"], ids=["dies", "leaves nothing"])
 def test_a_script_that_fails_stops_no_other_and_is_told(run, program, capsys):
     run()
     (run.folder / "first.py").write_text(program)
-    (run.folder / "second.py").write_text(FAKE + "# another\n")
+    (run.folder / "second.py").write_text(FAKE + "another = True\n")
     assert run() == (1, ["second"])
     assert "first failed" in capsys.readouterr().err
     assert not (run.folder / "results" / "first.json").exists()

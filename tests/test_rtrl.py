@@ -423,7 +423,9 @@ def test_diagonal_units_refuse_what_they_would_lose():
     def loss(rate):
         return rtrl.diagonal_scan(
             lambda params, state, x: rate * state + params,
-            *(jnp.ones(3), jnp.ones(3), jnp.ones(5)),
+            jnp.ones(3),
+            jnp.ones(3),
+            jnp.ones(5),
             lambda states, x: jnp.sum(states),
         )[0]
 

@@ -40,10 +40,9 @@ def test_p_value_by_enumeration(num_simulations, num_draws):
 
     # The order of the simulations says nothing, so that each outcome once is enough.
     outcomes = list(itertools.combinations_with_replacement(range(num_draws + 1), num_simulations))
-    ways = np.array(
-        [stats.multinomial.pmf(np.bincount(o, minlength=num_draws + 1), num_simulations,
-                               np.full(num_draws + 1, 1 / (num_draws + 1))) for o in outcomes]
-    )  # fmt: skip
+    counts = [np.bincount(o, minlength=num_draws + 1) for o in outcomes]
+    uniform = np.full(num_draws + 1, 1 / (num_draws + 1))
+    ways = np.array([stats.multinomial.pmf(count, num_simulations, uniform) for count in counts])
     statistics = np.array([statistic(o) for o in outcomes])
     exact = [ways[statistics <= s * (1 + 1e-9)].sum() for s in statistics]
     p_values, overall = uniformity(RankStatistics({"x": np.array(outcomes).T}, num_draws))

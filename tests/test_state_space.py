@@ -89,9 +89,7 @@ def test_the_trend_is_one_large_gaussian():
     covariance = np.eye(6) * values["sigma"] ** 2
     for i, j in product(range(6), range(6)):
         joint = powers[i] @ (100 * np.eye(2)) @ powers[j].T
-        joint += sum(
-            powers[i - 1 - k] @ noise @ powers[j - 1 - k].T for k in range(min(i, j))
-        )  # fmt: skip
+        joint += sum(powers[i - 1 - k] @ noise @ powers[j - 1 - k].T for k in range(min(i, j)))
         covariance[i, j] += joint[0, 0]
     expected = multivariate_normal(np.zeros(6), covariance).logpdf(y)
     np.testing.assert_allclose(log_likelihood("local_linear_trend", y), expected, rtol=1e-8)

@@ -2,12 +2,12 @@
 
     python examples/papers [names...] [--jobs N] [--fresh] [--results DIR]
 
-A script runs where its result is missing, or where the script or a file that it imports from here
-has changed since; with `--fresh` always. An interrupted run goes on where it stopped. Scripts that
-run side by side share the cores evenly; those that report ratios of times run alone, at the end.
-One that fails stops no other, and the exit status is 1. What scripts print is in `logs`, beside the
-results. The table goes to `table.md`, to README between its markers, and a page of all pictures to
-`pictures.md`.
+A script runs where its result is missing, or where its code or that of a file which it imports from
+here has changed since (layout, comments and docstrings aside); with `--fresh` always. An
+interrupted run goes on where it stopped. Scripts that run side by side share the cores evenly;
+those that report ratios of times run alone, at the end. One that fails stops no other, and the exit
+status is 1. What scripts print is in `logs`, beside the results. The table goes to `table.md`, to
+README between its markers, and a page of all pictures to `pictures.md`.
 """
 
 import argparse

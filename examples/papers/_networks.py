@@ -18,8 +18,9 @@ def network(rng_key, sizes):
     keys = jax.random.split(rng_key, len(sizes) - 1)
     scale = [(2 / m) ** 0.5 for m in sizes]
     shapes = zip(keys, scale[:-1], sizes[:-1], sizes[1:], strict=True)
-    return [{"kernel": s * jax.random.normal(k, (m, n)), "bias": jnp.zeros(n)}
-            for k, s, m, n in shapes]  # fmt: skip
+    return [
+        {"kernel": s * jax.random.normal(k, (m, n)), "bias": jnp.zeros(n)} for k, s, m, n in shapes
+    ]
 
 
 def inputs_of(params, x):

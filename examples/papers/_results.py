@@ -165,13 +165,15 @@ def commit() -> str | None:
 
 
 def digest(script: Path) -> str:
-    """Return a hash of a script and of what it imports from here, all but their docstrings."""
+    """Return a hash of the code of a script and of what it imports from here.
+
+    Layout, comments and docstrings do not count.
+    """
     seen, waiting = {}, [script]
     while waiting:
         path = waiting.pop()
-        source = path.read_text()
-        tree = ast.parse(source)
-        seen[path.name] = source.replace(ast.get_docstring(tree, clean=False) or "", "", 1)
+        tree = ast.parse(path.read_text())
+        seen[path.name] = _code(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -181,7 +183,7 @@ def digest(script: Path) -> str:
                 continue
             found = [script.parent / f"{name}.py" for name in names if name not in BOOKKEEPING]
             waiting += [other for other in found if other.name not in seen and other.is_file()]
-    both = "".join(f"{name}\n{source}" for name, source in sorted(seen.items()))
+    both = "".join(f"{name}\n{code}\n" for name, code in sorted(seen.items()))
     return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 
@@ -193,3 +195,17 @@ def finite(tree: Any) -> Any:
         return [finite(value) for value in tree]
     is_number = isinstance(tree, float)
     return None if is_number and not abs(tree) < float("inf") else tree
+
+
+def _code(node: Any) -> str:
+    """Write a syntax tree, the same on each Python: `ast.dump` also writes fields new to some."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_code, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, with_docstring) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    given = [f"{name}={_code(value)}" for name, value in fields.items() if value not in (None, [])]
+    return f"{type(node).__name__}({', '.join(given)})"

@@ -50,16 +50,18 @@ def table(results: dict[str, dict | None]) -> str:
         paper = result["paper"]
         held = [check["holds"] for check in result["checks"]]
         link = f"[arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
-        rows.append([
-            f"{paper['authors']}, {link}",
-            result["claim"],
-            result["setting"],
-            shown(result["ours"]),
-            shown(result["baseline"]),
-            f"{result['verdict']}, {sum(held)} of {len(held)} checks",
-            f"`{result['command']}`",
-            result["commit"] or "unknown",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{paper['authors']}, {link}",
+                result["claim"],
+                result["setting"],
+                shown(result["ours"]),
+                shown(result["baseline"]),
+                f"{result['verdict']}, {sum(held)} of {len(held)} checks",
+                f"`{result['command']}`",
+                result["commit"] or "unknown",
+            ]
+        )
     return "".join(f"| {' | '.join(cell(text) for text in row)} |\n" for row in rows)
 
 

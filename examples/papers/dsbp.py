@@ -45,6 +45,7 @@ from probbp.optim import dsbp
 
 BATCH, NUM_CHOOSING = 64, 3
 PUBLISHED = "published: outputs, rank 8"
+SAM = "SAM, rho 0.05"
 GRIDS = {
     "momentum": (0.003, 0.01, 0.03, 0.1, 0.3),
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -82,7 +83,7 @@ def arms() -> dict[str, Arm]:
     table = {
         "SGD": Arm("momentum", sgd),
         "Adam": Arm("adam", optax.adam),
-        "SAM, rho 0.05": Arm("momentum", sgd, "sam"),
+        SAM: Arm("momentum", sgd, "sam"),
         "Muon": Arm("adam", contrib.muon),
         "GaLore, rank 8": Arm("adam", lambda r: contrib.galore(r, rank=8, update_proj_gap=50)),
         "two points, rho 0.1": Arm("momentum", sgd, "two points"),
@@ -108,35 +109,25 @@ def main() -> None:
     begin = time.perf_counter()
     chosen = arms()
     if fast:
-        chosen = {title: chosen[title] for title in ("SGD", "SAM, rho 0.05", PUBLISHED)}
+        chosen = {title: chosen[title] for title in ("SGD", SAM, PUBLISHED)}
     progress = tqdm(total=len(sets) * len(chosen) + 4)
     rows = {}
     for name, load in sets.items():
         progress.write(f"\n{name}\n{'':32s}{HEADER}")
         splits = stack([load(seed) for seed in range(num_seeds)])
-        reference = None
-        for title, arm in chosen.items():
-            row = train(arm, splits, num_steps, num_rates, reference)
-            reference = reference or row
-            rows[name, title] = row
-            progress.write(f"{title:32s}{row.against(reference)}")
-            progress.update()
+        trained = train_all(chosen, splits, num_steps, num_rates, progress)
+        rows |= {(name, title): row for title, row in trained.items()}
     progress.write(f"\ndigits turned by a quarter\n{'':32s}{'acc':>6s}{'sd':>6s}{'to SGD':>14s}")
     tuned = fine_tune(num_seeds, num_steps, num_rates, progress)
     progress.close()
     print(f"\n{time.perf_counter() - begin:.0f} seconds, JAX {jax.__version__}")
 
-    def paired(what, unit, values, other):
-        return over_seeds(f"{what}, as published less {other}, paired", values, unit)
-
-    def column(name, title, field):
-        return getattr(rows[name, title], field)
-
-    shown, sam = next(iter(sets)), "SAM, rho 0.05"
+    shown = next(iter(sets))
     figure, axes = panels(2)
-    draw(axes[0], {t: row.accuracy for (name, t), row in rows.items() if name == shown})
+    of_shown = {title: row for (name, title), row in rows.items() if name == shown}
+    draw(axes[0], {title: row.accuracy for title, row in of_shown.items()})
     axes[0].set(xlabel="test accuracy [%]", title=shown)
-    draw(axes[1], {t: row.sharpness for (name, t), row in rows.items() if name == shown})
+    draw(axes[1], {title: row.sharpness for title, row in of_shown.items()})
     axes[1].set(xlabel="largest eigenvalue of the Hessian", title=shown, xscale="log")
     axes[1].set_yticklabels([])
     write(
@@ -147,56 +138,62 @@ def main() -> None:
         setting=f"Perceptrons d-64-64-c on {', '.join(sets)}, {num_steps} steps, the best of "
         f"{num_rates} rates each, {num_seeds} seeds; outputs' covariance, rank 8; digits turned by "
         f"a quarter for LoRA. The figure: {shown}.",
-        ours=over_seeds("test accuracy, as published", column(shown, PUBLISHED, "accuracy"), "%"),
-        baseline=over_seeds("SAM, as many steps", column(shown, sam, "accuracy"), "%"),
-        checks=[
-            *(
-                above(
-                    f"more accurate than SAM, {name}",
-                    paired(
-                        "accuracy",
-                        "points",
-                        column(name, PUBLISHED, "accuracy") - column(name, sam, "accuracy"),
-                        "SAM",
-                    ),
-                )
-                for name in sets
-            ),
-            *(
-                below(
-                    f"flatter than SGD, {name}",
-                    paired(
-                        "log of the Hessian's largest eigenvalue",
-                        "",
-                        np.log(column(name, PUBLISHED, "sharpness"))
-                        - np.log(column(name, "SGD", "sharpness")),
-                        "SGD",
-                    ),
-                )
-                for name in sets
-            ),
-            *(
-                below(
-                    f"a training takes less time than SGD's, {name}",
-                    median_of("time over SGD's", column(name, PUBLISHED, "times")),
-                    1.0,
-                )
-                for name in sets
-            ),
-            above(
-                "more accurate than LoRA of the same rank",
-                paired(
-                    "accuracy after fine-tuning",
-                    "points",
-                    tuned[PUBLISHED] - tuned["LoRA, rank 8 (Adam)"],
-                    "LoRA",
-                ),
-            ),
-        ],
+        ours=over_seeds("test accuracy, as published", rows[shown, PUBLISHED].accuracy, "%"),
+        baseline=over_seeds("SAM, as many steps", rows[shown, SAM].accuracy, "%"),
+        checks=checks(sets, rows, tuned),
         figure=figure,
         caption=f"All ways to train on {shown}, each with its best learning rate: test accuracy, "
         "and how sharp the minimum is, with 95 % intervals.",
     )
+
+
+def checks(sets, rows, tuned):
+    def paired(what, unit, values, other):
+        return over_seeds(f"{what}, as published less {other}, paired", values, unit)
+
+    return [
+        *(
+            above(
+                f"more accurate than SAM, {name}",
+                paired(
+                    "accuracy",
+                    "points",
+                    rows[name, PUBLISHED].accuracy - rows[name, SAM].accuracy,
+                    "SAM",
+                ),
+            )
+            for name in sets
+        ),
+        *(
+            below(
+                f"flatter than SGD, {name}",
+                paired(
+                    "log of the Hessian's largest eigenvalue",
+                    "",
+                    np.log(rows[name, PUBLISHED].sharpness) - np.log(rows[name, "SGD"].sharpness),
+                    "SGD",
+                ),
+            )
+            for name in sets
+        ),
+        *(
+            below(
+                f"a training takes less time than SGD's, {name}",
+                median_of("time over SGD's", rows[name, PUBLISHED].times),
+                1.0,
+            )
+            for name in sets
+        ),
+        above(
+            "more accurate than LoRA of the same rank",
+            paired(
+                "accuracy after fine-tuning",
+                "points",
+                tuned[PUBLISHED] - tuned["LoRA, rank 8 (Adam)"],
+                "LoRA",
+            ),
+        ),
+    ]
 
 
 def draw(ax, values):
@@ -236,6 +233,17 @@ HEADER = (
     f"{'rate':>8s}{'acc':>7s}{'sd':>6s}{'to SGD':>16s}{'train':>8s}{'eig':>8s}{'sd':>6s}"
     f"{'time':>7s}{'state':>7s}"
 )
+
+
+def train_all(arms, splits, num_steps, num_rates, progress):
+    """Train a set's arms, each beside the first."""
+    rows, reference = {}, None
+    for title, arm in arms.items():
+        rows[title] = train(arm, splits, num_steps, num_rates, reference)
+        reference = reference or rows[title]
+        progress.write(f"{title:32s}{rows[title].against(reference)}")
+        progress.update()
+    return rows
 
 
 def train(arm, splits, num_steps, num_rates, sgd):

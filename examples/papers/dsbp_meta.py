@@ -118,9 +118,6 @@ def linear_tasks(ax, found, fast):
     variances = jnp.array([2.0, 1.0, 0.5])
     counts = (10, 100) if fast else (10, 30, 100, 300, 1_000, 3_000)
 
-    def squares(w, batch):
-        return jnp.mean((batch[0] @ w - batch[1]) ** 2) / 2
-
     def nll(w, batch):
         return jnp.sum((batch[0] @ w - batch[1]) ** 2) / (2 * noise**2)
 
@@ -131,27 +128,6 @@ def linear_tasks(ax, found, fast):
         y = jnp.einsum("tnd,td->tn", x, w)
         y = y + noise * jax.random.normal(keys[2], y.shape)
         return (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]), w
-
-    def learnt(vectors, support, query, steps=300):
-        """Learn start and log rates by Adam on the outer loss, with three inner steps."""
-        inner = partial(meta.adapt, num_steps=3)
-
-        def outer(params):
-            rates = jax.tree.map(jnp.exp, params[1])
-            return meta.outer_loss(squares, params[0], rates, vectors, support, query, inner)
-
-        optimiser = optax.adam(0.03)
-
-        def step(_, carry):
-            params, state = carry
-            updates, state = optimiser.update(jax.grad(outer)(params), state)
-            return optax.apply_updates(params, updates), state
-
-        rates = meta.Rates(jnp.full(len(vectors), -2.0), jnp.array(-2.0))
-        params = jnp.zeros(dim), rates
-        params, _ = jax.lax.fori_loop(0, steps, step, (params, optimiser.init(params)))
-        start, rates = params[0], jax.tree.map(jnp.exp, params[1])
-        return lambda batch: meta.adapt(squares, start, batch, vectors, rates, num_steps=3)
 
     def ridge(batch, covariance):
         x, y = batch
@@ -203,6 +179,32 @@ def linear_tasks(ax, found, fast):
     return lines
 
 
+def squares(w, batch):
+    return jnp.mean((batch[0] @ w - batch[1]) ** 2) / 2
+
+
+def learnt(vectors, support, query, steps=300):
+    """Learn start and log rates by Adam on the outer loss, with three inner steps."""
+    inner = partial(meta.adapt, num_steps=3)
+
+    def outer(params):
+        rates = jax.tree.map(jnp.exp, params[1])
+        return meta.outer_loss(squares, params[0], rates, vectors, support, query, inner)
+
+    optimiser = optax.adam(0.03)
+
+    def step(_, carry):
+        params, state = carry
+        updates, state = optimiser.update(jax.grad(outer)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    rates = meta.Rates(jnp.full(len(vectors), -2.0), jnp.array(-2.0))
+    params = jnp.zeros(vectors.shape[1]), rates
+    params, _ = jax.lax.fori_loop(0, steps, step, (params, optimiser.init(params)))
+    start, rates = params[0], jax.tree.map(jnp.exp, params[1])
+    return lambda batch: meta.adapt(squares, start, batch, vectors, rates, num_steps=3)
+
+
 def sea_temperatures(found, fast):
     """Fold by fold: the months from May, given those to April, squared error in K^2."""
     months = jnp.asarray(elnino.load_pandas().data.to_numpy()[:60, 1:])
@@ -240,25 +242,53 @@ def sea_temperatures(found, fast):
 
 def few_shots(ax, found, fast):
     """One digit against another; a network 64-32-1, three inner steps, five images a class."""
+    num_steps, num_tasks, rank = (20, 4, 4) if fast else (400, 8, 8)
+    episodes = of_digits()
+    run = learner(episodes, num_steps, num_tasks, rank)
+    ridge = on_pixels(episodes)
+    arms = ("one step size", "a rate a parameter", "rates in the basis")
+    accuracies = {arm: [] for arm in (*arms, "ridge on pixels")}
+    for seed in tqdm(range(2 if fast else 6), "digits, few shots", leave=False):
+        classes = np.random.default_rng(seed).permutation(10)
+        pairs = jnp.array([p for p in combinations(classes[:7], 2)])
+        pairs = jnp.concatenate([pairs, pairs[:, ::-1]])
+        new_pairs = jnp.array([p for p in combinations(classes[7:], 2)])
+        key = jax.random.key(seed)
+        for arm in arms:
+            tried = [run(arm, key, jnp.float32(lr), pairs, new_pairs) for lr in (1e-3, 3e-3, 1e-2)]
+            accuracies[arm].append(min(tried)[1])  # of the lowest loss on the training classes
+        accuracies["ridge on pixels"].append(ridge(key, pairs, new_pairs))
+    lines = [
+        "3. Digits, one against another from 2 x 5 images, three classes that are new: accuracy %"
+    ]
+    lines += [f"{name:22s}{shown(100 * np.array(v), 2):>18s}" for name, v in accuracies.items()]
+    found["digits"] = {name: 100 * np.array(v, float) for name, v in accuracies.items()}
+    first = np.array(accuracies["one step size"], float)
+    gain = 100 * (np.array(accuracies["rates in the basis"], float) - first)
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    lines += [f"basis against one step size, paired: {gain.mean():+.2f} ± {error:.2f} (its error)"]
+    values = 100 * np.array(list(accuracies.values()))
+    ax.errorbar(values.mean(1), range(len(values)), xerr=values.std(1, ddof=1), fmt="o")
+    ax.set_yticks(range(len(values)), accuracies, fontsize=8)
+    ax.set(xlabel="accuracy on new classes [%]", title="digits, five images a class")
+    return lines
+
+
+def of_digits():
+    """Return a function that draws tasks: one digit against another."""
     images, labels = load_digits(return_X_y=True)
     images = jnp.asarray(images / 16 - 0.3, jnp.float32)
     by_class = jnp.stack([jnp.asarray(np.flatnonzero(labels == c)[:174]) for c in range(10)])
-    num_steps, num_tasks, rank = (20, 4, 4) if fast else (400, 8, 8)
-    inner = partial(meta.adapt, num_steps=3)
-
-    def network(params, x):
-        return (jnp.tanh(x @ params["w"] + params["b"]) @ params["v"])[:, 0] + params["c"]
-
-    def loss(params, batch):
-        return jnp.mean(optax.sigmoid_binary_cross_entropy(network(params, batch[0]), batch[1]))
 
     def episode(key, pair):
         """Return five images of each class to adapt to, and fifteen to be judged by."""
         keys = jax.random.split(key)
-        rows = jnp.stack([
-            jax.random.choice(k, by_class[c], (20,), replace=False)
-            for k, c in zip(keys, pair, strict=True)
-        ])  # fmt: skip
+        rows = jnp.stack(
+            [
+                jax.random.choice(k, by_class[c], (20,), replace=False)
+                for k, c in zip(keys, pair, strict=True)
+            ]
+        )
         y = jnp.tile(jnp.array([[0.0], [1.0]], jnp.float32), 20)
         parts = slice(0, 5), slice(5, 20)
         return [(images[rows[:, p]].reshape(-1, 64), y[:, p].ravel()) for p in parts]
@@ -268,22 +298,38 @@ def few_shots(ax, found, fast):
         chosen = pairs[jax.random.randint(key_pair, (num,), 0, len(pairs))]
         return jax.vmap(episode)(jax.random.split(key_rows, num), chosen)
 
-    def scaled(arm, rates, vectors):
-        """Return what takes the place of `adapt` where every parameter has its own rate."""
-        if arm != "a rate a parameter":
-            return partial(inner, vectors=vectors, rates=jax.tree.map(jnp.exp, rates))
+    return episodes
 
-        def adapt(loss, params, batch):
-            for _ in range(3):
-                grad = jax.grad(loss)(params, batch)
-                params = jax.tree.map(lambda w, r, g: w - jnp.exp(r) * g, params, rates, grad)
-            return params
 
-        return adapt
+def network(params, x):
+    return (jnp.tanh(x @ params["w"] + params["b"]) @ params["v"])[:, 0] + params["c"]
 
-    def outer(params, arm, vectors, tasks):
-        adapt_fn = scaled(arm, params[1], vectors)
-        return jnp.mean(jax.vmap(lambda s, q: loss(adapt_fn(loss, params[0], s), q))(*tasks))
+
+def loss(params, batch):
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(network(params, batch[0]), batch[1]))
+
+
+def scaled(arm, rates, vectors):
+    """Return what takes the place of `adapt` where every parameter has its own rate."""
+    if arm != "a rate a parameter":
+        return partial(meta.adapt, num_steps=3, vectors=vectors, rates=jax.tree.map(jnp.exp, rates))
+
+    def adapt(loss, params, batch):
+        for _ in range(3):
+            grad = jax.grad(loss)(params, batch)
+            params = jax.tree.map(lambda w, r, g: w - jnp.exp(r) * g, params, rates, grad)
+        return params
+
+    return adapt
+
+
+def outer(params, arm, vectors, tasks):
+    adapt_fn = scaled(arm, params[1], vectors)
+    return jnp.mean(jax.vmap(lambda s, q: loss(adapt_fn(loss, params[0], s), q))(*tasks))
+
+
+def learner(episodes, num_steps, num_tasks, rank):
+    """Return a function that learns start and rates, and is judged on tasks of new classes."""
 
     @partial(jax.jit, static_argnums=0)
     def run(arm, key, learning_rate, pairs, new_pairs):
@@ -330,10 +376,14 @@ def few_shots(ax, found, fast):
 
         return jnp.mean(losses[-num_steps // 5 :]), jnp.mean(jax.vmap(accuracy)(*tasks))
 
+    return run
+
+
+def on_pixels(episodes):
+    """Return logistic regression on pixels, its prior's variance chosen on the training tasks."""
+
     @jax.jit
     def ridge(key, pairs, new_pairs):
-        """Logistic regression on pixels, its prior's variance chosen on the training tasks."""
-
         def accuracy(variance, support, query):
             nothing = meta.Rates(jnp.zeros(1), variance)
             nll = lambda w, b: jnp.sum(optax.sigmoid_binary_cross_entropy(b[0] @ w, b[1]))
@@ -349,32 +399,7 @@ def few_shots(ax, found, fast):
         )
         return of(test)[jnp.argmax(of(train))]
 
-    arms = ("one step size", "a rate a parameter", "rates in the basis")
-    accuracies = {arm: [] for arm in (*arms, "ridge on pixels")}
-    for seed in tqdm(range(2 if fast else 6), "digits, few shots", leave=False):
-        classes = np.random.default_rng(seed).permutation(10)
-        pairs = jnp.array([p for p in combinations(classes[:7], 2)])
-        pairs = jnp.concatenate([pairs, pairs[:, ::-1]])
-        new_pairs = jnp.array([p for p in combinations(classes[7:], 2)])
-        key = jax.random.key(seed)
-        for arm in arms:
-            tried = [run(arm, key, jnp.float32(lr), pairs, new_pairs) for lr in (1e-3, 3e-3, 1e-2)]
-            accuracies[arm].append(min(tried)[1])  # of the lowest loss on the training classes
-        accuracies["ridge on pixels"].append(ridge(key, pairs, new_pairs))
-    lines = [
-        "3. Digits, one against another from 2 x 5 images, three classes that are new: accuracy %"
-    ]
-    lines += [f"{name:22s}{shown(100 * np.array(v), 2):>18s}" for name, v in accuracies.items()]
-    found["digits"] = {name: 100 * np.array(v, float) for name, v in accuracies.items()}
-    first = np.array(accuracies["one step size"], float)
-    gain = 100 * (np.array(accuracies["rates in the basis"], float) - first)
-    error = gain.std(ddof=1) / len(gain) ** 0.5
-    lines += [f"basis against one step size, paired: {gain.mean():+.2f} ± {error:.2f} (its error)"]
-    values = 100 * np.array(list(accuracies.values()))
-    ax.errorbar(values.mean(1), range(len(values)), xerr=values.std(1, ddof=1), fmt="o")
-    ax.set_yticks(range(len(values)), accuracies, fontsize=8)
-    ax.set(xlabel="accuracy on new classes [%]", title="digits, five images a class")
-    return lines
+    return ridge
 
 
 if __name__ == "__main__":

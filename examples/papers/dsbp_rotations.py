@@ -100,80 +100,11 @@ def main() -> None:
 
 def recurrent(ax, found, fast):
     """Read the 64 pixels of a digit one by one, with 32 tanh units."""
-    images, labels = load_digits(return_X_y=True)
-    images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
     num_steps, seeds = (20, 2) if fast else (600, 5)
-
-    def logits(params, x):
-        def unit(h, pixel):
-            return jnp.tanh(h @ params["recurrent"].T + pixel[:, None] * params["in"]), None
-
-        start = jnp.zeros((len(x), 32), x.dtype)
-        h, _ = jax.lax.scan(unit, start, x.T)
-        return h @ params["out"] + params["bias"]
-
-    def loss(params, rows):
-        return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(
-                logits(params, images[rows]), labels[rows]
-            )
-        )
-
-    def by_qr(learning_rate):
-        """Adam in the entries, then back to the nearest factor Q, as is often done."""
-        adam = optax.adam(learning_rate)
-
-        def update(grads, state, params):
-            updates, state = adam.update(grads, state)
-
-            def moved(w, u):
-                q, r = jnp.linalg.qr(w + u)
-                return q * jnp.sign(jnp.diagonal(r)) - w
-
-            return jax.tree.map(moved, params, updates), state
-
-        return optax.GradientTransformation(adam.init, update)
-
-    arms = {
-        "unconstrained": optax.adam,
-        "QR after each step": by_qr,
-        "on the Lie algebra": lambda lr: on_lie_algebra(optax.adam(lr)),
-    }
-    names = {"recurrent": "rotate", "in": "add", "out": "add", "bias": "add"}
-
-    @partial(jax.jit, static_argnums=0)
-    def run(arm, seed, learning_rate):
-        key_order, key_start, key_train = jax.random.split(jax.random.key(seed), 3)
-        order = jax.random.permutation(key_order, len(images))
-        train, val, test = order[:900], order[900:1200], order[1200:]
-        keys = jax.random.split(key_start, 3)
-        params = {
-            "recurrent": jax.nn.initializers.orthogonal()(keys[0], (32, 32), jnp.float32),
-            "in": jax.random.normal(keys[1], (32,), jnp.float32) / 4,
-            "out": jax.random.normal(keys[2], (32, 10), jnp.float32) / 6,
-            "bias": jnp.zeros(10, jnp.float32),
-        }
-        rules = {"rotate": arms[arm](learning_rate), "add": optax.adam(3e-3)}
-        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rules, names))
-
-        def step(carry, key):
-            params, state = carry
-            rows = jax.random.choice(key, train, (100,))
-            value, grads = jax.value_and_grad(loss)(params, rows)
-            updates, state = optimiser.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
-        carry = params, optimiser.init(params)
-        (params, _), losses = jax.lax.scan(step, carry, jax.random.split(key_train, num_steps))
-        accuracy = [
-            jnp.mean(jnp.argmax(logits(params, images[r]), 1) == labels[r]) for r in (val, test)
-        ]
-        singular = jnp.linalg.svd(params["recurrent"], compute_uv=False)
-        return *accuracy, jnp.max(jnp.abs(singular - 1)), losses
-
+    run = reader(num_steps)
     lines = ["1. Digits read pixel by pixel: the recurrent weights' optimiser, Adam inside all"]
     lines += [f"{'':22s}{'test accuracy %':>18s}{'|singular - 1|':>16s}{'ms a step':>12s}"]
-    for arm in tqdm(arms, "recurrent network", leave=False):
+    for arm in tqdm(ARMS, "recurrent network", leave=False):
         rates, results, seconds = (1e-3, 3e-3, 1e-2), [], []
         jax.block_until_ready(run(arm, 0, 1e-3))
         for seed in range(seeds):
@@ -194,8 +125,89 @@ def recurrent(ax, found, fast):
         title="recurrent network, digits by pixel",
     )
     ax.legend(fontsize=8)
+    return lines + rounding()
 
-    # Rounding: ten thousand rotations in single precision.
+
+def reader(num_steps):
+    """Return a function that trains the recurrent weights by an arm, and scores them."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+    names = {"recurrent": "rotate", "in": "add", "out": "add", "bias": "add"}
+
+    def logits(params, x):
+        def unit(h, pixel):
+            return jnp.tanh(h @ params["recurrent"].T + pixel[:, None] * params["in"]), None
+
+        start = jnp.zeros((len(x), 32), x.dtype)
+        h, _ = jax.lax.scan(unit, start, x.T)
+        return h @ params["out"] + params["bias"]
+
+    def loss(params, rows):
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(
+                logits(params, images[rows]), labels[rows]
+            )
+        )
+
+    @partial(jax.jit, static_argnums=0)
+    def run(arm, seed, learning_rate):
+        key_order, key_start, key_train = jax.random.split(jax.random.key(seed), 3)
+        order = jax.random.permutation(key_order, len(images))
+        train, val, test = order[:900], order[900:1200], order[1200:]
+        keys = jax.random.split(key_start, 3)
+        params = {
+            "recurrent": jax.nn.initializers.orthogonal()(keys[0], (32, 32), jnp.float32),
+            "in": jax.random.normal(keys[1], (32,), jnp.float32) / 4,
+            "out": jax.random.normal(keys[2], (32, 10), jnp.float32) / 6,
+            "bias": jnp.zeros(10, jnp.float32),
+        }
+        rules = {"rotate": ARMS[arm](learning_rate), "add": optax.adam(3e-3)}
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(rules, names))
+
+        def step(carry, key):
+            params, state = carry
+            rows = jax.random.choice(key, train, (100,))
+            value, grads = jax.value_and_grad(loss)(params, rows)
+            updates, state = optimiser.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        carry = params, optimiser.init(params)
+        (params, _), losses = jax.lax.scan(step, carry, jax.random.split(key_train, num_steps))
+        accuracy = [
+            jnp.mean(jnp.argmax(logits(params, images[r]), 1) == labels[r]) for r in (val, test)
+        ]
+        singular = jnp.linalg.svd(params["recurrent"], compute_uv=False)
+        return *accuracy, jnp.max(jnp.abs(singular - 1)), losses
+
+    return run
+
+
+def by_qr(learning_rate):
+    """Adam in the entries, then back to the nearest factor Q, as is often done."""
+    adam = optax.adam(learning_rate)
+
+    def update(grads, state, params):
+        updates, state = adam.update(grads, state)
+
+        def moved(w, u):
+            q, r = jnp.linalg.qr(w + u)
+            return q * jnp.sign(jnp.diagonal(r)) - w
+
+        return jax.tree.map(moved, params, updates), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+ARMS = {
+    "unconstrained": optax.adam,
+    "QR after each step": by_qr,
+    "on the Lie algebra": lambda lr: on_lie_algebra(optax.adam(lr)),
+}
+
+
+def rounding():
+    """Rotate ten thousand times in single precision."""
+    lines = []
     optimiser = on_lie_algebra(optax.adam(1e-2))
 
     def wander(carry, key):
@@ -229,9 +241,9 @@ def eigenbases(ax, found, fast):
         rotated = np.asarray(turned.T @ matrix @ turned)
         off = np.linalg.norm(rotated - np.diag(np.diag(rotated))) / np.linalg.norm(matrix)
         new = new * np.where(np.sum(new * by_eigh, 0) < 0, -1, 1)  # the sign is easily mended
-        records.append([
-            np.sum(new * by_eigh, 0).min(), np.sum(np.asarray(turned * by_step), 0).min(), off
-        ])  # fmt: skip
+        records.append(
+            [np.sum(new * by_eigh, 0).min(), np.sum(np.asarray(turned * by_step), 0).min(), off]
+        )
         by_eigh, by_step = new, turned
     ours, theirs = np.array(records)[:, 1], np.array(records)[:, 0]
     found["columns"] = {"jacobi_step": ours, "eigh": theirs}
@@ -296,10 +308,12 @@ def principal_plane(found, fast):
 
     def row(name, draws, per_draw):
         ess = min(effective_sample_size(np.asarray(draws[..., i])) for i in range(2))
-        found[name] = np.array([
-            1e3 * min(effective_sample_size(np.asarray(each[None, :, i])) for i in range(2))
-            for each in draws
-        ]) / (num * per_draw)  # fmt: skip
+        found[name] = np.array(
+            [
+                1e3 * min(effective_sample_size(np.asarray(each[None, :, i])) for i in range(2))
+                for each in draws
+            ]
+        ) / (num * per_draw)
         flat = np.asarray(draws).reshape(-1, 2)
         cells = "".join(f"{m:8.4f}{s:8.4f}" for m, s in zip(flat.mean(0), flat.std(0), strict=True))
         return f"{name:22s}{cells}{1e3 * ess / (num * chains * per_draw):26.1f}"
@@ -316,10 +330,19 @@ def principal_plane(found, fast):
         numpyro.factor("density", logdensity(frame))
         numpyro.deterministic("seen", seen(frame))
 
-    mcmc = MCMC(NUTS(model), num_warmup=num // 4, num_samples=num, num_chains=chains,
-                chain_method="vectorized", progress_bar=False)  # fmt: skip
-    mcmc.run(jax.random.key(1), init_params={"z": jnp.tile(first, (chains, 1, 1))},
-             extra_fields=("num_steps",))  # fmt: skip
+    mcmc = MCMC(
+        NUTS(model),
+        num_warmup=num // 4,
+        num_samples=num,
+        num_chains=chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(
+        jax.random.key(1),
+        init_params={"z": jnp.tile(first, (chains, 1, 1))},
+        extra_fields=("num_steps",),
+    )
     per_draw = float(mcmc.get_extra_fields()["num_steps"].mean())
     draws = mcmc.get_samples(group_by_chain=True)["seen"]
     return [*lines, row("NUTS, polar factor", draws, per_draw)]

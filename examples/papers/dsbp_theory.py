@@ -134,10 +134,14 @@ def equation_orders(ax, found, _):
             0, steps, lambda _, w, eta=eta: w - eta * projector @ jax.grad(loss)(w), start
         )
         make = partial(modified_equation, loss, eta, project=lambda g: projector @ g)
-        errors.append([
-            jnp.linalg.norm(end - simulate(jax.random.key(0), make(order=k), start, span, 2_000))
-            for k in (1, 2)
-        ])  # fmt: skip
+        errors.append(
+            [
+                jnp.linalg.norm(
+                    end - simulate(jax.random.key(0), make(order=k), start, span, 2_000)
+                )
+                for k in (1, 2)
+            ]
+        )
         ratios = (
             [f"{a / b:8.2f}" for a, b in zip(*errors[-2:], strict=True)] if errors[1:] else [""] * 2
         )
@@ -182,13 +186,60 @@ def equation_orders(ax, found, _):
     return lines
 
 
+SCALES = (0.3, 1.0, 3.0)  # of the prior
+
+
 def certificates(ax, found, title, load, fast):
     """A third of the rows for the prior, half for the bound, the others only to look."""
     raw, labels = load(return_X_y=True)
-    classes, num_seeds, num_scales = labels.max() + 1, 2 if fast else 5, 3
+    num_seeds = 2 if fast else 5
     dims = (2, 10) if fast else (1, 2, 5, 10, 20, 40)
     first, last = len(raw) // 3, 5 * len(raw) // 6
-    shape = raw.shape[1] + 1, classes
+    learnt, certified = certifier(first, last, (raw.shape[1] + 1, labels.max() + 1))
+    table = {}
+    for seed in tqdm(range(num_seeds), title, leave=False):
+        rng = np.random.default_rng(seed)
+        data = shuffled(rng, raw, labels, slice(0, first))
+        center, at_zero, at_center = learnt(data)
+        drawn = jnp.asarray(np.linalg.qr(rng.normal(size=(center.size, max(dims))))[0])
+        for dim in dims:
+            arms = {
+                "drawn": (0 * center, drawn),
+                "learnt": (0 * center, at_zero),
+                "learnt, centered": (center, at_center),
+            }
+            for arm, (start, vectors) in arms.items():
+                # The bound chooses among three scales, and pays for it.
+                tried = [
+                    certified(jax.random.key(seed), data, start, vectors[:, :dim], scale)
+                    for scale in SCALES
+                ]
+                table.setdefault((arm, dim), []).append(min(tried, key=lambda r: r[0]))
+    lines = [f"2. {title}: bounds in % at a confidence of 96.5 %, from {last - first} rows"]
+    names = ("bound", "mean of draws", "KL [nats]", "held-out error")
+    lines += [f"{'':18s}{'dim':>4s}" + "".join(f"{name:>16s}" for name in names)]
+    for arm, dim in sorted(table):
+        values = np.array(table[arm, dim]) * [100, 100, 1, 100]
+        lines += [f"{arm:18s}{dim:4d}" + "".join(f"{shown(v, 1):>16s}" for v in values.T)]
+    found[title] = {key: np.array(rows) for key, rows in table.items()}
+    if ax is not None:
+        draw_bounds(ax, title, table, arms, dims)
+    return lines
+
+
+def shuffled(rng, raw, labels, seen):
+    """Return features, scaled and with a constant, and labels in another order."""
+    order = rng.permutation(len(raw))
+    x, y = raw[order], jnp.asarray(labels[order])
+    spread = x[seen].std(0)  # the scaler is a part of the prior, and of its rows
+    x = np.clip((x - x[seen].mean(0)) / np.where(spread > 0, spread, 1), -5, 5)
+    return jnp.asarray(np.c_[x, np.ones(len(x))]), y
+
+
+def certifier(first, last, shape):
+    """Return what learns a prior from the first rows, and what certifies by those up to `last`."""
+    seen, rows, held = slice(0, first), slice(first, last), slice(last, None)
+    num_rows = last - first
 
     def loss(w, data, rows):
         logits = data[0][rows] @ w.reshape(shape)
@@ -196,23 +247,6 @@ def certificates(ax, found, title, load, fast):
 
     def wrong(w, data):
         return (jnp.argmax(data[0] @ w.reshape(shape), 1) != data[1]).astype(float)
-
-    def minimise(objective, z, num_steps=40):
-        solver = optax.lbfgs()
-        value_and_grad = optax.value_and_grad_from_state(objective)
-
-        def step(_, carry):
-            z, state = carry
-            value, grad = value_and_grad(z, state=state)
-            updates, state = solver.update(
-                grad, state, z, value=value, grad=grad, value_fn=objective
-            )
-            return optax.apply_updates(z, updates), state
-
-        return jax.lax.fori_loop(0, num_steps, step, (z, solver.init(z)))[0]
-
-    seen, rows, held = (slice(a, b) for a, b in ((0, first), (first, last), (last, None)))
-    num_rows = last - first
 
     @jax.jit
     def learnt(data):
@@ -225,7 +259,7 @@ def certificates(ax, found, title, load, fast):
     @jax.jit
     def certified(rng_key, data, center, vectors, scale):
         line = pac_bayes.prior(
-            center, vectors, 1.0, rows=range(first), num_candidates=num_scales
+            center, vectors, 1.0, rows=range(first), num_candidates=len(SCALES)
         )._replace(scale=scale)
 
         def objective(z):
@@ -241,46 +275,31 @@ def certificates(ax, found, title, load, fast):
         error = jnp.mean(wrong(pac_bayes.embed(line, mean), others))
         return jnp.stack([result.bound, result.empirical, result.kl, error])
 
-    table = {}
-    for seed in tqdm(range(num_seeds), title, leave=False):
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(raw))
-        x, y = raw[order], jnp.asarray(labels[order])
-        spread = x[seen].std(0)  # the scaler is a part of the prior, and of its rows
-        x = np.clip((x - x[seen].mean(0)) / np.where(spread > 0, spread, 1), -5, 5)
-        data = jnp.asarray(np.c_[x, np.ones(len(x))]), y
-        center, at_zero, at_center = learnt(data)
-        drawn = jnp.asarray(np.linalg.qr(rng.normal(size=(center.size, max(dims))))[0])
-        for dim in dims:
-            arms = {
-                "drawn": (0 * center, drawn),
-                "learnt": (0 * center, at_zero),
-                "learnt, centered": (center, at_center),
-            }
-            for arm, (start, vectors) in arms.items():
-                # The bound chooses among three scales, and pays for it.
-                tried = [
-                    certified(jax.random.key(seed), data, start, vectors[:, :dim], scale)
-                    for scale in (0.3, 1.0, 3.0)
-                ]
-                table.setdefault((arm, dim), []).append(min(tried, key=lambda r: r[0]))
-    lines = [f"2. {title}: bounds in % at a confidence of 96.5 %, from {num_rows} rows"]
-    names = ("bound", "mean of draws", "KL [nats]", "held-out error")
-    lines += [f"{'':18s}{'dim':>4s}" + "".join(f"{name:>16s}" for name in names)]
-    for arm, dim in sorted(table):
-        values = np.array(table[arm, dim]) * [100, 100, 1, 100]
-        lines += [f"{arm:18s}{dim:4d}" + "".join(f"{shown(v, 1):>16s}" for v in values.T)]
-    found[title] = {key: np.array(rows) for key, rows in table.items()}
-    for arm in arms if ax is not None else ():
+    return learnt, certified
+
+
+def minimise(objective, z, num_steps=40):
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(_, carry):
+        z, state = carry
+        value, grad = value_and_grad(z, state=state)
+        updates, state = solver.update(grad, state, z, value=value, grad=grad, value_fn=objective)
+        return optax.apply_updates(z, updates), state
+
+    return jax.lax.fori_loop(0, num_steps, step, (z, solver.init(z)))[0]
+
+
+def draw_bounds(ax, title, table, arms, dims):
+    for arm in arms:
         values = np.array([[100 * r[0] for r in table[arm, dim]] for dim in dims])
         ax.errorbar(dims, values.mean(1), values.std(1, ddof=1), fmt="o-", label=arm)
-    if ax is not None:
-        ax.set(xscale="log", xlabel="dimensions of the subspace", ylabel="bound on the error [%]")
-        ax.set_xticks(dims, [str(dim) for dim in dims])
-        ax.minorticks_off()
-        ax.set_title(f"certificates, {title}")
-        ax.legend()
-    return lines
+    ax.set(xscale="log", xlabel="dimensions of the subspace", ylabel="bound on the error [%]")
+    ax.set_xticks(dims, [str(dim) for dim in dims])
+    ax.minorticks_off()
+    ax.set_title(f"certificates, {title}")
+    ax.legend()
 
 
 if __name__ == "__main__":

@@ -197,12 +197,20 @@ def drifting(seeds, areas, _):
                 truth = np.r_[np.zeros(half), np.ones(len(values))]
                 areas[change][name].append(roc_auc_score(truth, np.r_[clean[name], values]))
             moved = drift.reference(changed, rank=30)
-            right = [accuracy(params, z, test_labels[half:]) for z in (
-                stream, changed, changed - moved.mean + pixels.mean,
-                drift.recolour(changed, pixels, moved))]  # fmt: skip
+            right = [
+                accuracy(params, z, test_labels[half:])
+                for z in (
+                    stream,
+                    changed,
+                    changed - moved.mean + pixels.mean,
+                    drift.recolour(changed, pixels, moved),
+                )
+            ]
             repaired[change].append(right)
-    lines = ["1. Changed digits told from held-out ones by the first layer: area under the ROC [%]",
-             f"{'':14s}" + "".join(f"{name:>16s}" for name in names)]  # fmt: skip
+    lines = [
+        "1. Changed digits told from held-out ones by the first layer: area under the ROC [%]",
+        f"{'':14s}" + "".join(f"{name:>16s}" for name in names),
+    ]
     for change, found in areas.items():
         lines.append(f"{change:14s}" + "".join(f"{shown(v):>16s}" for v in found.values()))
     lines += [
@@ -264,9 +272,11 @@ def transferred(ax, seeds, found, _):
             "curvature": (params, [transfer.tempered(prior, s) for s in strengths]),
             "distance": (params, [transfer.tempered(spherical, s) for s in strengths]),
             "fine-tuned": (params, [flat]),
-            "from scratch": (network(key_other, sizes), [
-                transfer.tempered(flat._replace(rest=jnp.array(1.0)), s) for s in strengths]),
-        }  # fmt: skip
+            "from scratch": (
+                network(key_other, sizes),
+                [transfer.tempered(flat._replace(rest=jnp.array(1.0)), s) for s in strengths],
+            ),
+        }
         old_images = IMAGES.reshape(-1, 64)
         for angle, number in itertools.product(angles, numbers):
             few = np.concatenate([rest[:200][LABELS[rest[:200]] == c][:number] for c in range(10)])
@@ -342,24 +352,30 @@ def protected(ax, seeds, kept, _):
             bases, table = [None, None], np.zeros((5, 5))
             for task, (train, _) in enumerate(tasks):
                 # Padded to one shape, so that one program serves all; biases move with the first.
-                padded = [jnp.zeros((n, n)) if q is None else q @ jnp.eye(q.shape[1], n)
-                          for q, n in zip(bases, (64, 100), strict=True)]  # fmt: skip
+                padded = [
+                    jnp.zeros((n, n)) if q is None else q @ jnp.eye(q.shape[1], n)
+                    for q, n in zip(bases, (64, 100), strict=True)
+                ]
                 bias = jnp.full((1, 1), float(share is not None and task > 0))
                 directions = {"trunk": [{"kernel": q, "bias": bias} for q in padded]}
                 params = learn(keys[task], params, *map(jnp.array, train), task, directions)
                 if share is not None:
                     seen = inputs_of(params["trunk"], jnp.array(train[0]))
-                    bases = [transfer.used_directions(a, share=share, so_far=q)
-                             for a, q in zip(seen, bases, strict=False)]  # fmt: skip
+                    bases = [
+                        transfer.used_directions(a, share=share, so_far=q)
+                        for a, q in zip(seen, bases, strict=False)
+                    ]
                 for other, (_, (test, labels)) in enumerate(tasks):
                     hidden = jax.nn.relu(inputs_of(params["trunk"], test)[-1])
                     right = jnp.argmax(hidden @ params["heads"][other], -1) == labels
                     table[task, other] = jnp.mean(right)
             tables[arm].append(table)
             used[arm].append([0 if q is None else q.shape[1] for q in bases])
-    lines = ["3. Five tasks of two digits each, one after the other: accuracy on test data [%]",
-             f"{'':14s}{'all, at the end':>18s}{'as learnt':>16s}{'forgotten':>16s}"
-             f"{'first, at the end':>20s}{'directions used':>20s}"]  # fmt: skip
+    lines = [
+        "3. Five tasks of two digits each, one after the other: accuracy on test data [%]",
+        f"{'':14s}{'all, at the end':>18s}{'as learnt':>16s}{'forgotten':>16s}"
+        f"{'first, at the end':>20s}{'directions used':>20s}",
+    ]
     for i, (arm, found) in enumerate(tables.items()):
         found = np.array(found)
         kept[arm] = found[:, -1].mean(1)

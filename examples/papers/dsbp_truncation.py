@@ -146,15 +146,19 @@ def plain(layer, x, rank):
 
 def truncated(how, params, x, ranks):
     seen = inputs_of(params, x)
-    return [layer if rank >= min(layer["kernel"].shape) else how(layer, inputs, rank)
-            for layer, inputs, rank in zip(params, seen, ranks, strict=False)]  # fmt: skip
+    return [
+        layer if rank >= min(layer["kernel"].shape) else how(layer, inputs, rank)
+        for layer, inputs, rank in zip(params, seen, ranks, strict=False)
+    ]
 
 
 def low_rank(ax, seeds, results, _):
-    lines = ["1. Truncation of the hidden layers: accuracy and error of outputs, test data [%]",
-             f"{'':22s}{'accuracy':>26s}{'':14s}{'error':>19s}",
-             f"{'':14s}{'rank':>8s}{'weighted':>14s}{'plain':>14s}{'lost':>14s}"
-             f"{'weighted':>16s}{'plain':>14s}"]  # fmt: skip
+    lines = [
+        "1. Truncation of the hidden layers: accuracy and error of outputs, test data [%]",
+        f"{'':22s}{'accuracy':>26s}{'':14s}{'error':>19s}",
+        f"{'':14s}{'rank':>8s}{'weighted':>14s}{'plain':>14s}{'lost':>14s}"
+        f"{'weighted':>16s}{'plain':>14s}",
+    ]
     for name, runs in trained(seeds):
         full = [accuracy(params, *test) for params, _, test in runs]
         lines.append(f"{name:14s}{'all':>8s}{shown(full):>14s}{shown(full):>14s}")
@@ -163,13 +167,16 @@ def low_rank(ax, seeds, results, _):
         for rank in chosen:
             found = {}
             for title, how in (("weighted", weighted), ("plain", plain)):
-                small = [truncated(how, params, train[0], [rank, rank, 10])
-                         for params, train, _ in runs]  # fmt: skip
+                small = [
+                    truncated(how, params, train[0], [rank, rank, 10]) for params, train, _ in runs
+                ]
                 found[title] = (
                     [accuracy(s, *test) for s, (*_, test) in zip(small, runs, strict=True)],
-                    [relative_error(p, s, test[0])
-                     for s, (p, _, test) in zip(small, runs, strict=True)],
-                )  # fmt: skip
+                    [
+                        relative_error(p, s, test[0])
+                        for s, (p, _, test) in zip(small, runs, strict=True)
+                    ],
+                )
                 curves[title].append(found[title][0])
                 if rank == EIGHTH[name][0]:
                     results["truncation", name, title] = found[title][0]
@@ -190,10 +197,14 @@ def low_rank(ax, seeds, results, _):
             ratios, certificates = [], []
             for params, train, test in runs:
                 seen = inputs_of(params, train[0])
-                lows = [truncation.truncate(layer["kernel"], truncation.second_moment(x), rank=rank)
-                        for layer, x in zip(params[:2], seen, strict=False)]  # fmt: skip
-                small = [{**layer, "kernel": low.left @ low.right}
-                         for layer, low in zip(params, lows, strict=False)]  # fmt: skip
+                lows = [
+                    truncation.truncate(layer["kernel"], truncation.second_moment(x), rank=rank)
+                    for layer, x in zip(params[:2], seen, strict=False)
+                ]
+                small = [
+                    {**layer, "kernel": low.left @ low.right}
+                    for layer, low in zip(params, lows, strict=False)
+                ]
                 moved = inputs_of(params[:2], train[0])[-1] - inputs_of(small, train[0])[-1]
                 error = jnp.sqrt(jnp.mean(jnp.sum(moved**2, -1)))
                 ratios.append(truncation.end_to_end_bound(lows) / error)
@@ -215,9 +226,13 @@ def low_rank(ax, seeds, results, _):
 
 def ranks(seeds, results, _):
     arms = ("in series", "sum of errors", "same rank")
-    lines = ["2. Ranks under a budget, weighted truncation: accuracy, and error of the outputs [%]",
-             f"{'':10s}{'rank':>5s}{'cost':>6s}" + "".join(f"{arm:>15s}" for arm in arms)
-             + f"{'gain':>14s}" + "".join(f"{arm:>15s}" for arm in arms)]  # fmt: skip
+    lines = [
+        "2. Ranks under a budget, weighted truncation: accuracy, and error of the outputs [%]",
+        f"{'':10s}{'rank':>5s}{'cost':>6s}"
+        + "".join(f"{arm:>15s}" for arm in arms)
+        + f"{'gain':>14s}"
+        + "".join(f"{arm:>15s}" for arm in arms),
+    ]
     for name, runs in trained(seeds):
         for rank in (1, 2, 4, 8, 16):
             found = {title: ([], []) for title in arms}
@@ -309,15 +324,21 @@ def pruned(way, params, x, number):
 
 
 def units(ax, seeds, results, _):
-    lines = ["3. Units kept in both hidden layers: accuracy on test data, no training after [%]",
-             f"{'':10s}{'units':>8s}" + "".join(f"{way:>18s}" for way in WAYS)]  # fmt: skip
+    lines = [
+        "3. Units kept in both hidden layers: accuracy on test data, no training after [%]",
+        f"{'':10s}{'units':>8s}" + "".join(f"{way:>18s}" for way in WAYS),
+    ]
     for name, runs in trained(seeds):
         numbers = (4, 8, 16, 32) if name == "tumours" else (8, 16, 32, 64)
         curves = {way: [] for way in WAYS}
         for number in numbers:
             for way, function in WAYS.items():
-                curves[way].append([accuracy(pruned(function, params, train[0], number), *test)
-                                    for params, train, test in runs])  # fmt: skip
+                curves[way].append(
+                    [
+                        accuracy(pruned(function, params, train[0], number), *test)
+                        for params, train, test in runs
+                    ]
+                )
             if number == EIGHTH[name][1]:
                 results |= {("units", name, way): values[-1] for way, values in curves.items()}
             found = "".join(f"{shown(values[-1]):>18s}" for values in curves.values())

@@ -134,8 +134,9 @@ def linear(ax, found, fast):
     ]
     curves = []
     for width in widths:
-        run = partial(reduced, width=width, x=x, y=y, rate=rate, decay=lambda i: 0.0,
-                      num_steps=2_000)  # fmt: skip
+        run = partial(
+            reduced, width=width, x=x, y=y, rate=rate, decay=lambda i: 0.0, num_steps=2_000
+        )
         cosine, error, e = jax.jit(partial(jax.lax.map, run))(seeds)
         theory = jnp.mean(jnp.sum(e * jnp.linalg.solve(x @ x.T, e.T).T, -1)) / 2
         gain = width * (cosine[:, -1] - cosine[:, 0])
@@ -163,8 +164,9 @@ def linear(ax, found, fast):
         for width in widths if kappa in (0.25, 1.0) else (3_200,):
             schedule = decay_until_aligned(kappa, rate, decay, width)
             off = round(kappa * width**0.5 / (rate * decay))
-            run = partial(reduced, width=width, x=x, y=y, rate=rate, decay=schedule,
-                          num_steps=off + 300)  # fmt: skip
+            run = partial(
+                reduced, width=width, x=x, y=y, rate=rate, decay=schedule, num_steps=off + 300
+            )
             cosine, error, _ = jax.jit(partial(jax.lax.map, run))(seeds)
             aligned[width] = over_seeds(f"cosine, linear, kappa = {kappa}", cosine[:, -1])
             lines.append(
@@ -290,16 +292,29 @@ def nonlinear(axes, found, fast):
             )
         steps = rate * np.arange(num_steps)
         for curve, label, style in ((error, "feedback", "-"), (exact, "exact", ":")):
-            axes[0].plot(steps, (curve / curve[:, :1]).mean(0), f"C{color}{style}",
-                         label=f"{name}, {label}")  # fmt: skip
-        axes[0].plot(steps, np.exp(-gamma / 4 * steps), f"C{color}--", linewidth=1,
-                     label=f"{name}, bound")  # fmt: skip
+            axes[0].plot(
+                steps, (curve / curve[:, :1]).mean(0), f"C{color}{style}", label=f"{name}, {label}"
+            )
+        axes[0].plot(
+            steps, np.exp(-gamma / 4 * steps), f"C{color}--", linewidth=1, label=f"{name}, bound"
+        )
         for cosines, style, label in ((without, "o", "no decay"), (with_decay, "s", "decay")):
             points(axes[1], cosines, fmt=style, color=f"C{color + 1}", label=f"{name}, {label}")
-    axes[0].set(yscale="log", ylim=(1e-6, 1.5), xlabel="steps x step size",
-                ylabel="error, relative", title=f"Error at a width of {widths[-1]}")  # fmt: skip
-    axes[1].set(xscale="log", yscale="log", ylim=(1e-3, 1.2), xlabel="width",
-                ylabel="cos(b, beta)", title=f"Alignment, kappa = {kappa}")  # fmt: skip
+    axes[0].set(
+        yscale="log",
+        ylim=(1e-6, 1.5),
+        xlabel="steps x step size",
+        ylabel="error, relative",
+        title=f"Error at a width of {widths[-1]}",
+    )
+    axes[1].set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-3, 1.2),
+        xlabel="width",
+        ylabel="cos(b, beta)",
+        title=f"Alignment, kappa = {kappa}",
+    )
     for ax in axes:
         ax.legend(fontsize=7)
     return lines

@@ -143,6 +143,21 @@ def layer_functions(layers):
     return [*functions, lambda h: h @ last["kernel"] + last["bias"]]
 
 
+DIGITS = (  # rule, weight decay
+    ("last layer alone", 0.0),
+    ("backpropagation", 0.0),
+    ("backpropagation", 1e-3),
+    ("random", 0.0),
+    ("random", 1e-3),
+    ("random", 1e-2),
+    ("direct", 0.0),
+    ("uniform sign", 0.0),
+    ("fixed magnitude", 0.0),
+    ("Kolen-Pollack", 0.0),
+    ("Kolen-Pollack", 1e-3),
+)
+
+
 def digits(found, fast):
     parts = train_test_split(*load_digits(return_X_y=True), test_size=0.3, random_state=0)
     train_x, test_x = (jnp.asarray(part / 16, jnp.float32) for part in parts[:2])
@@ -196,8 +211,9 @@ def digits(found, fast):
             h = layer(h)
         accuracy = (h.argmax(-1) == test_y).mean()
         ours = grad_of(layers, b, train_x, train_y)[0]
-        theirs = jax.grad(partial(loss, "backpropagation"))(layers, [p["kernel"] for p in layers],
-                                                            train_x, train_y)  # fmt: skip
+        theirs = jax.grad(partial(loss, "backpropagation"))(
+            layers, [p["kernel"] for p in layers], train_x, train_y
+        )
         cosines = [feedback.alignment(ours, theirs)[i]["kernel"] for i in (0, 1)]
         if rule == "direct":
             aligned = [jnp.nan, jnp.nan]
@@ -206,22 +222,21 @@ def digits(found, fast):
             aligned = [feedback.alignment(layers[i]["kernel"], backs[i]) for i in (1, 2)]
         return jnp.stack([100 * accuracy, *cosines, *aligned])
 
+    results = {
+        setting: np.asarray(jax.jit(jax.vmap(partial(fit, *setting)))(seeds)) for setting in DIGITS
+    }
+    found["digits"] = {setting: scores[:, 0] for setting, scores in results.items()}
+    title = f"1. Digits, {'-'.join(map(str, SIZES))}, {num_epochs} epochs, {len(seeds)} seeds"
+    return [title, *digits_table(results)]
+
+
+def digits_table(results):
     lines = [
-        f"1. Digits, {'-'.join(map(str, SIZES))}, {num_epochs} epochs, {len(seeds)} seeds",
         f"{'':18s}{'decay':>7s}{'test accuracy [%]':>20s}{'beyond the last layer':>23s}"
         f"{'beside backpropagation':>24s}"
         f"{'gradient, layer 1':>19s}{'layer 2':>17s}{'weights, layer 2':>18s}{'layer 3':>17s}",
     ]
-    settings = [("last layer alone", 0.0), ("backpropagation", 0.0), ("backpropagation", 1e-3)]
-    settings += [("random", 0.0), ("random", 1e-3), ("random", 1e-2), ("direct", 0.0)]
-    settings += [("uniform sign", 0.0), ("fixed magnitude", 0.0)]
-    settings += [("Kolen-Pollack", 0.0), ("Kolen-Pollack", 1e-3)]
-    results = {
-        setting: np.asarray(jax.jit(jax.vmap(partial(fit, *setting)))(seeds))
-        for setting in settings
-    }
-    found["digits"] = {setting: scores[:, 0] for setting, scores in results.items()}
-    least, most = (results[setting][:, 0] for setting in settings[:2])
+    least, most = (results[setting][:, 0] for setting in DIGITS[:2])
     for (rule, weight_decay), scores in results.items():
         cells = [shown(scores[:, i], 2) if np.isfinite(scores[0, i]) else "-" for i in range(1, 5)]
         lines.append(
@@ -345,8 +360,13 @@ def monte_carlo(found, fast):
                 progress_bar=False,
             )
             start = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_chains), mode)
-            mcmc.run(jax.random.key(13), x, y, init_params=start,
-                     extra_fields=("accept_prob", "adapt_state.step_size"))  # fmt: skip
+            mcmc.run(
+                jax.random.key(13),
+                x,
+                y,
+                init_params=start,
+                extra_fields=("accept_prob", "adapt_state.step_size"),
+            )
             fields = mcmc.get_extra_fields()
             draws = mcmc.get_samples(group_by_chain=True)
             outputs = np.asarray(predicted(draws, probe))

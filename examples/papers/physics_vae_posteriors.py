@@ -74,13 +74,7 @@ def main():
 
     figure, axes = panels(len(names))
     for i, ax in enumerate(axes):
-        for j, how in enumerate(HOW):
-            figures = [coverage(name, how, i) for name in found]
-            means = np.array([f.mean for f in figures])
-            where = np.arange(len(found)) + 0.1 * (2 * j - 1)
-            ends = means - [f.low for f in figures]
-            ax.errorbar(means, where, xerr=ends, fmt="o", capsize=3, label=how)
-        ax.axvline(90.0, color="grey", linestyle=":")
+        draw(ax, {how: [coverage(name, how, i) for name in found] for how in HOW})
         ax.set_yticks(range(len(found)), list(found), fontsize=7)
         ax.set(xlabel="coverage of 90 % intervals [%]", title=names[i], xlim=(0, 100))
         ax.invert_yaxis()
@@ -120,6 +114,15 @@ def main():
         "by the encoder and by a sampler on the model that was learnt; 95 % intervals over "
         "records.",
     )
+
+
+def draw(ax, coverages):
+    for j, (how, figures) in enumerate(coverages.items()):
+        means = np.array([f.mean for f in figures])
+        where = np.arange(len(figures)) + 0.1 * (2 * j - 1)
+        ends = means - [f.low for f in figures]
+        ax.errorbar(means, where, xerr=ends, fmt="o", capsize=3, label=how)
+    ax.axvline(90.0, color="grey", linestyle=":")
 
 
 def refine(vae, params, key, x, c, y, num_steps, num_draws=100):
@@ -198,8 +201,9 @@ def ranks(vae, params, test, names, how, num_simulations, num_steps):
         else:
             mean, factor = vae.encode(params, x[None])
             draws = mean + jax.random.normal(key, (100, mean.shape[-1])) @ factor[0].T
-        return {name: vae.latents[name].transform(draws[:, vae.latents[name].start])
-                for name in names}  # fmt: skip
+        return {
+            name: vae.latents[name].transform(draws[:, vae.latents[name].start]) for name in names
+        }
 
     return simulation_based_calibration(
         jax.random.key(8),

@@ -60,24 +60,7 @@ def main():
     compared[title] = [compare(arms, seed, epochs * 2 // 3) for seed in bar(seeds, desc=title)]
     report(title, compared[title])
 
-    print(f"\n{'latency code, leak 0.9':32s}{'through time':>16s}{'by rates':>16s}{'readout':>16s}")
-    for sizes in ((64, 128, 10), (64, 128, 128, 10))[: 1 if fast else 2]:
-        neuron = rate.lif(leak=0.9)
-        arms = {
-            name: dense_arm(
-                latency, LATENCY_STEPS, sizes=sizes, neuron=neuron, learning_rate=1e-2, **options
-            )
-            for name, options in {
-                "bptt": {"gradient": "bptt"},
-                "rate": {},
-                "readout": {"gradient": "bptt", "readout_only": True},
-            }.items()
-        }
-        title = "-".join(map(str, sizes))
-        results = [compare(arms, seed, epochs) for seed in bar(seeds, desc=title)]
-        cells = [mean_and_error([accuracies[arm] for accuracies, _ in results]) for arm in arms]
-        print(f"{title:32s}" + "".join(f"{cell:>16s}" for cell in cells), flush=True)
-
+    print_latency_codes(seeds, epochs, fast)
     print(f"\n{time.perf_counter() - start:.0f} s")
 
     def accuracy(title, arm):
@@ -124,6 +107,26 @@ def main():
         caption="Left: test accuracy, paired by seed, with 95 % intervals; the dotted line is half "
         "a point. Right: temporary memory of a gradient by the number of steps.",
     )
+
+
+def print_latency_codes(seeds, epochs, fast):
+    print(f"\n{'latency code, leak 0.9':32s}{'through time':>16s}{'by rates':>16s}{'readout':>16s}")
+    for sizes in ((64, 128, 10), (64, 128, 128, 10))[: 1 if fast else 2]:
+        neuron = rate.lif(leak=0.9)
+        arms = {
+            name: dense_arm(
+                latency, LATENCY_STEPS, sizes=sizes, neuron=neuron, learning_rate=1e-2, **options
+            )
+            for name, options in {
+                "bptt": {"gradient": "bptt"},
+                "rate": {},
+                "readout": {"gradient": "bptt", "readout_only": True},
+            }.items()
+        }
+        title = "-".join(map(str, sizes))
+        results = [compare(arms, seed, epochs) for seed in tqdm(seeds, desc=title, leave=False)]
+        cells = [mean_and_error([accuracies[arm] for accuracies, _ in results]) for arm in arms]
+        print(f"{title:32s}" + "".join(f"{cell:>16s}" for cell in cells), flush=True)
 
 
 def draw_differences(ax, differences):

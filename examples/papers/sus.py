@@ -52,24 +52,11 @@ def main():
         tqdm.write(f"{depth} layers: {losses[0]:.2f} bits a byte before training, {last:.2f} after")
 
     measured = partial(measure, test_text, num_texts=num_texts, num_draws=num_draws)
-    by_depth, by_length, by_rule = {}, {}, {}
-    header()
-    for depth in depths:
-        for name, params in models[depth].items():
-            by_depth[depth, name] = measured(params, depth, length, KEEP)
-            row(f"{depth} layers, {name}", length, KEEP, by_depth[depth, name])
     middle = depths[-2]  # and its lengths and rules
-    params = models[middle]["trained"]
-    header()
-    for shorter in lengths:
-        by_length[shorter] = measured(params, middle, shorter, KEEP)
-        row(f"{middle} layers", shorter, KEEP, by_length[shorter])
-    header()
-    for keep in (10, KEEP, 60)[: 2 if fast else 3]:
-        for sampling in ("independent", "systematic", "filled")[: 2 if fast else 3]:
-            result = measured(params, middle, length, keep, sampling=sampling)
-            by_rule[sampling, keep] = result
-            row(f"{middle} layers, {sampling}", length, keep, result)
+    trained = models[middle]["trained"]
+    by_depth = of_depths(measured, models, length)
+    by_length = of_lengths(measured, trained, middle, lengths)
+    by_rule = of_rules(measured, trained, middle, length, fast)
     print(f"\n{time.perf_counter() - start:.0f} seconds, JAX {jax.__version__}")
 
     def added(what, result):
@@ -126,6 +113,36 @@ def main():
         caption="Variance that sampling adds to the gradient of one text, over the variance "
         f"between texts, all parameters, {middle} layers: by the length, and by how much is kept.",
     )
+
+
+def of_depths(measured, models, length):
+    header()
+    results = {}
+    for depth, fits in models.items():
+        for name, params in fits.items():
+            results[depth, name] = measured(params, depth, length, KEEP)
+            row(f"{depth} layers, {name}", length, KEEP, results[depth, name])
+    return results
+
+
+def of_lengths(measured, params, depth, lengths):
+    header()
+    results = {}
+    for length in lengths:
+        results[length] = measured(params, depth, length, KEEP)
+        row(f"{depth} layers", length, KEEP, results[length])
+    return results
+
+
+def of_rules(measured, params, depth, length, fast):
+    header()
+    results = {}
+    for keep in (10, KEEP, 60)[: 2 if fast else 3]:
+        for sampling in ("independent", "systematic", "filled")[: 2 if fast else 3]:
+            result = measured(params, depth, length, keep, sampling=sampling)
+            results[sampling, keep] = result
+            row(f"{depth} layers, {sampling}", length, keep, result)
+    return results
 
 
 def draw_lengths(ax, results):

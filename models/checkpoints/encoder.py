@@ -44,18 +44,8 @@ def shapes(config, family, head, body, gamma):
 
 def network(config, family, head, body, attention, remat):
     """Return the apply function, as `load` describes it."""
+    _check(config)
     num_heads = config["num_attention_heads"]
-    if config["hidden_size"] % num_heads:
-        raise ValueError(
-            f"hidden_size={config['hidden_size']} is not a multiple of "
-            f"num_attention_heads={num_heads}."
-        )
-    kind = config.get("position_embedding_type") or "absolute"
-    if kind != "absolute" or config.get("is_decoder"):
-        raise ValueError(
-            f"position_embedding_type={kind!r} with is_decoder={config.get('is_decoder', False)} "
-            "is not supported, only absolute positions in an encoder."
-        )
     eps = config.get("layer_norm_eps", 1e-12)
     activation = layers.activation(config, "gelu")
     max_length = config["max_position_embeddings"]
@@ -101,30 +91,48 @@ def network(config, family, head, body, attention, remat):
             position_ids = jnp.cumsum(is_token, axis=1) * is_token + pad
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        embeddings = layers.scope(params, f"{body}embeddings.")
-        hidden = sum(
-            jnp.take(embeddings[f"{name}_embeddings.weight"], ids, axis=0)
-            for name, ids in (
-                ("word", input_ids),
-                ("token_type", token_type_ids),
-                ("position", position_ids),
-            )
+        hidden = _embedded(
+            layers.scope(params, f"{body}embeddings."),
+            {"word": input_ids, "token_type": token_type_ids, "position": position_ids},
+            eps,
         )
-        hidden = layers.layer_norm(embeddings, "LayerNorm", hidden, eps)
         states = [hidden]
         mask = layers.mask(attention_mask, input_ids.shape[1], None)
         for index in range(config["num_hidden_layers"]):
             hidden = layer(layers.scope(params, f"{body}encoder.layer.{index}."), hidden, mask)
             states.append(hidden)
-        if head == "Model":
-            logits = hidden
-        else:
-            dense, out = (f"{body}pooler.dense", "classifier")
-            if family != "Bert":
-                dense, out = "classifier.dense", "classifier.out_proj"
-            logits = layers.linear(
-                params, out, jnp.tanh(layers.linear(params, dense, hidden[:, 0]))
-            )
+        logits = hidden if head == "Model" else _classified(params, family, body, hidden[:, 0])
         return layers.outputs(logits, states, output_hidden_states)
 
     return apply_fn
+
+
+def _check(config):
+    num_heads = config["num_attention_heads"]
+    if config["hidden_size"] % num_heads:
+        raise ValueError(
+            f"hidden_size={config['hidden_size']} is not a multiple of "
+            f"num_attention_heads={num_heads}."
+        )
+    kind = config.get("position_embedding_type") or "absolute"
+    if kind != "absolute" or config.get("is_decoder"):
+        raise ValueError(
+            f"position_embedding_type={kind!r} with is_decoder={config.get('is_decoder', False)} "
+            "is not supported, only absolute positions in an encoder."
+        )
+
+
+def _embedded(params, ids, eps):
+    """Return the normalised sum of the embeddings of words, token types and positions."""
+    hidden = sum(
+        jnp.take(params[f"{name}_embeddings.weight"], each, axis=0) for name, each in ids.items()
+    )
+    return layers.layer_norm(params, "LayerNorm", hidden, eps)
+
+
+def _classified(params, family, body, first):
+    """Return the logits of classes from the first token's state."""
+    dense, out = "classifier.dense", "classifier.out_proj"
+    if family == "Bert":
+        dense, out = f"{body}pooler.dense", "classifier"
+    return layers.linear(params, out, jnp.tanh(layers.linear(params, dense, first)))

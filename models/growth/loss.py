@@ -77,12 +77,7 @@ def from_loss(
         ValueError: for an unknown acceptance or layer, and for too few rows.
     """
     check_acceptance(acceptance)
-    num_train, num_validation = _num_rows(train), _num_rows(validation)
-    if num_validation < 2 or num_train < batch_size:
-        raise ValueError(
-            f"{num_train} training rows for batches of {batch_size} and {num_validation} for "
-            "validation: a batch must be full, and validation has two halves."
-        )
+    _check_rows(train, validation, batch_size)
     search = Search(
         optax.adam(0.02) if search_optimiser is None else search_optimiser,
         score,
@@ -94,70 +89,26 @@ def from_loss(
     )
     layer_fn = partial(ops.grown, activation=activation, freeze=freeze, perforate=perforate)
     kernels = _kernels(loss_fn, params, train, layers)
+    run_epoch = _epoch_fn(loss_fn, layer_fn, optimiser, batch_size, freeze)
+    run_propose = _propose_fn(
+        loss_fn,
+        layer_fn,
+        list(kernels),
+        partial(
+            propose, search=search, acceptance=acceptance, prior_scale=prior_scale, level=level
+        ),
+    )
+
+    def fresh(params, dendrites):
+        """Return the network with a new state of the optimiser."""
+        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
 
     def like(masks):
         dendrites = {
             name: ops.empty(jnp.zeros(kernel.shape, kernel.dtype), len(masks[name]))
             for name, kernel in kernels.items()
         }
-        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
-
-    def init():
-        return like({name: [None] * (slots or 0) for name in kernels})
-
-    @jax.jit
-    def run_epoch(rng_key, fit, train, validation):
-        key_order, key_steps = jax.random.split(rng_key)
-        num_batches = num_train // batch_size
-        order = jax.random.permutation(key_order, num_train)[: num_batches * batch_size]
-
-        def step(carry, inputs):
-            fit, (rows, key) = carry, inputs
-            batch = jax.tree.map(lambda leaf: leaf[rows], train)
-            (params, state), dendrites = fit
-
-            def loss(trained):
-                params, own = trained
-                return loss_fn(params, layer_fn(_with(dendrites, own)), batch, key)
-
-            trained = _trained(params, dendrites, freeze)
-            updates, state = optimiser.update(jax.grad(loss)(trained), state, trained)
-            params, own = optax.apply_updates(trained, updates)
-            return Fit((params, state), _with(dendrites, own)), None
-
-        batches = order.reshape(num_batches, batch_size), jax.random.split(key_steps, num_batches)
-        fit = jax.lax.scan(step, fit, batches)[0]
-        # One key for all epochs: where the loss is an estimate, scores share its noise.
-        key_score = jax.random.key(0)
-        loss = loss_fn(fit.state[0], layer_fn(fit.dendrites), validation, key_score)
-        return fit, -loss
-
-    @jax.jit
-    def run_propose(rng_key, fit, train, validation):
-        key_loss, key_halves, key_search = jax.random.split(rng_key, 3)
-
-        def observed(rows):
-            def loss(layer):
-                return _num_rows(rows) * loss_fn(fit.state[0], layer, rows, key_loss)
-
-            seen = ops.observe(loss, layer_fn(fit.dendrites))[1]
-            return {name: seen[name] for name in kernels}
-
-        order = jax.random.permutation(key_halves, num_validation)
-        half = num_validation // 2
-        there = observed(validation)
-        held, test = (_at(there, rows) for rows in (order[:half], order[half:]))
-        return propose(
-            key_search,
-            observed(train),
-            held,
-            test,
-            fit.dendrites,
-            search,
-            acceptance=acceptance,
-            prior_scale=prior_scale,
-            level=level,
-        )
+        return fresh(params, dendrites)
 
     def grow(fit, proposal, slot):
         dendrites = {
@@ -170,11 +121,10 @@ def from_loss(
             )
             for name, there in fit.dendrites.items()
         }
-        params = fit.state[0]
-        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
+        return fresh(fit.state[0], dendrites)
 
     return Host(
-        init=init,
+        init=lambda: like({name: [None] * (slots or 0) for name in kernels}),
         like=like,
         epoch=lambda rng_key, fit: run_epoch(rng_key, fit, train, validation),
         propose=lambda rng_key, fit: run_propose(rng_key, fit, train, validation),
@@ -183,6 +133,73 @@ def from_loss(
         layer=layer_fn,
         max_sets=slots,
     )
+
+
+def _epoch_fn(loss_fn, layer_fn, optimiser, batch_size, freeze):
+    """Return a compiled pass through the shuffled rows, with the validation score at its end."""
+
+    def step(train, carry, inputs):
+        fit, (rows, key) = carry, inputs
+        batch = jax.tree.map(lambda leaf: leaf[rows], train)
+        (params, state), dendrites = fit
+
+        def loss(trained):
+            params, own = trained
+            return loss_fn(params, layer_fn(_with(dendrites, own)), batch, key)
+
+        trained = _trained(params, dendrites, freeze)
+        updates, state = optimiser.update(jax.grad(loss)(trained), state, trained)
+        params, own = optax.apply_updates(trained, updates)
+        return Fit((params, state), _with(dendrites, own)), None
+
+    @jax.jit
+    def run_epoch(rng_key, fit, train, validation):
+        key_order, key_steps = jax.random.split(rng_key)
+        num_rows = _num_rows(train)
+        num_batches = num_rows // batch_size
+        order = jax.random.permutation(key_order, num_rows)[: num_batches * batch_size]
+        batches = order.reshape(num_batches, batch_size), jax.random.split(key_steps, num_batches)
+        fit = jax.lax.scan(partial(step, train), fit, batches)[0]
+        # One key for all epochs: where the loss is an estimate, scores share its noise.
+        key_score = jax.random.key(0)
+        loss = loss_fn(fit.state[0], layer_fn(fit.dendrites), validation, key_score)
+        return fit, -loss
+
+    return run_epoch
+
+
+def _propose_fn(loss_fn, layer_fn, names, search_and_accept):
+    """Return a compiled proposal: dendrites sought on training rows, judged by validation rows."""
+
+    def observed(rng_key, fit, rows):
+        def loss(layer):
+            return _num_rows(rows) * loss_fn(fit.state[0], layer, rows, rng_key)
+
+        seen = ops.observe(loss, layer_fn(fit.dendrites))[1]
+        return {name: seen[name] for name in names}
+
+    @jax.jit
+    def run_propose(rng_key, fit, train, validation):
+        key_loss, key_halves, key_search = jax.random.split(rng_key, 3)
+        num_rows = _num_rows(validation)
+        order = jax.random.permutation(key_halves, num_rows)
+        half = num_rows // 2
+        there = observed(key_loss, fit, validation)
+        held, test = (_at(there, rows) for rows in (order[:half], order[half:]))
+        return search_and_accept(
+            key_search, observed(key_loss, fit, train), held, test, fit.dendrites
+        )
+
+    return run_propose
+
+
+def _check_rows(train, validation, batch_size):
+    num_train, num_validation = _num_rows(train), _num_rows(validation)
+    if num_validation < 2 or num_train < batch_size:
+        raise ValueError(
+            f"{num_train} training rows for batches of {batch_size} and {num_validation} for "
+            "validation: a batch must be full, and validation has two halves."
+        )
 
 
 def _trained(params: Any, dendrites: dict[str, Dendrites], freeze: bool):

@@ -181,84 +181,16 @@ def grow(
         raise ValueError(
             f"max_sets is {max_sets}, and the host has {host.max_sets} slots. Give it more slots."
         )
-
-    def improves(score, best):
-        is_first = np.isneginf(best)
-        return is_first or score > best + max(min_improvement * abs(best), 1e-5)
-
-    def train(state):
-        key = jax.random.fold_in(rng_key, state.step)
-        current, score = host.epoch(key, state.current)
-        score = float(score)
-        if state.epoch == 0 and not np.isfinite(score):
-            raise FloatingPointError(
-                f"The score of the first epoch is {score}. Lower the learning rate."
-            )
-        is_best = state.in_phase == 0 or improves(score, state.best_score)
-        state = state._replace(
-            current=current,
-            best=current if is_best else state.best,
-            best_score=score if is_best else state.best_score,
-            since=0 if is_best else state.since + 1,
-            epoch=state.epoch + 1,
-            in_phase=state.in_phase + 1,
-        )
-        state = note(state, "neurons", score)
-        if state.since >= patience or state.in_phase >= max_epochs:
-            return judge(state)
-        is_asked = every and state.in_phase % every == 0 and state.num_sets < max_sets
-        if is_asked and improves(state.best_score, state.kept_score):
-            return state._replace(phase="dendrites", is_early=True)
-        return state
-
-    def judge(state):
-        if improves(state.best_score, state.kept_score):
-            state = state._replace(kept=state.best, kept_score=state.best_score, tries=0)
-            state = note(state, "kept", state.best_score)
-        else:
-            lost = state.best_score
-            state = state._replace(
-                current=state.kept,
-                best=state.kept,
-                best_score=state.kept_score,
-                num_sets=state.num_sets - 1,
-                tries=state.tries + 1,
-            )
-            state = note(state, "taken back", lost)
-        if state.num_sets >= max_sets or state.tries >= max_tries:
-            return stop(state)
-        return state._replace(phase="dendrites", is_early=False)
-
-    def sprout(state):
-        key = jax.random.fold_in(rng_key, state.step)
-        proposal = host.propose(key, state.best)
-        if not any(np.any(mask) for mask in proposal.masks.values()):
-            state = note(state, "nothing asked", state.best_score)
-            return state._replace(phase="neurons") if state.is_early else stop(state)
-        current = host.grow(state.best, proposal, state.num_sets)
-        state = state._replace(
-            phase="neurons",
-            current=current,
-            kept=state.best,
-            kept_score=state.best_score,
-            since=0,
-            in_phase=0,
-            num_sets=state.num_sets + 1,
-        )
-        return note(state, "grown", state.best_score)
-
-    def stop(state):
-        return note(state._replace(phase="done"), "stopped", state.best_score)
-
-    steps = {"neurons": train, "dendrites": sprout}
+    rules = _Rules(max_sets, max_tries, patience, max_epochs, min_improvement, every)
+    steps = {"neurons": _train, "dendrites": _sprout}
     first = host.init()
     state = State(first, first, first)
     if checkpoint is not None and files.is_there(checkpoint):
         state = files.restore(checkpoint, host)
     with tqdm(total=None, initial=state.epoch, unit=" epochs", disable=not progress_bar) as bar:
         while state.phase != "done":
-            phase = state.phase
-            state = steps[phase](state)._replace(step=state.step + 1)
+            phase, key = state.phase, jax.random.fold_in(rng_key, state.step)
+            state = steps[phase](key, state, host, rules)._replace(step=state.step + 1)
             bar.update(state.epoch - bar.n)
             last = state.history[-1]
             bar.set_postfix_str(
@@ -283,3 +215,87 @@ def note(state: State, kind: str, score: float) -> State:
         int(sum(num_params(d) for d in dendrites)),
     )
     return state._replace(history=(*state.history, event))
+
+
+class _Rules(NamedTuple):
+    """When phases end and what counts as better: options of `grow`."""
+
+    max_sets: int
+    max_tries: int
+    patience: int
+    max_epochs: int
+    min_improvement: float
+    every: int | None
+
+    def improves(self, score: float, best: float) -> bool:
+        is_first = best == -np.inf
+        return is_first or score > best + max(self.min_improvement * abs(best), 1e-5)
+
+
+def _train(key: jax.Array, state: State, host: Host, rules: _Rules) -> State:
+    """Run an epoch, and end the phase where the score no longer rises."""
+    current, score = host.epoch(key, state.current)
+    score = float(score)
+    if state.epoch == 0 and not np.isfinite(score):
+        raise FloatingPointError(
+            f"The score of the first epoch is {score}. Lower the learning rate."
+        )
+    is_best = state.in_phase == 0 or rules.improves(score, state.best_score)
+    state = state._replace(
+        current=current,
+        best=current if is_best else state.best,
+        best_score=score if is_best else state.best_score,
+        since=0 if is_best else state.since + 1,
+        epoch=state.epoch + 1,
+        in_phase=state.in_phase + 1,
+    )
+    state = note(state, "neurons", score)
+    if state.since >= rules.patience or state.in_phase >= rules.max_epochs:
+        return _judge(state, rules)
+    is_asked = rules.every and state.in_phase % rules.every == 0 and state.num_sets < rules.max_sets
+    if is_asked and rules.improves(state.best_score, state.kept_score):
+        return state._replace(phase="dendrites", is_early=True)
+    return state
+
+
+def _judge(state: State, rules: _Rules) -> State:
+    """Keep the newest set or take it back, and stop or seek another."""
+    if rules.improves(state.best_score, state.kept_score):
+        state = state._replace(kept=state.best, kept_score=state.best_score, tries=0)
+        state = note(state, "kept", state.best_score)
+    else:
+        lost = state.best_score
+        state = state._replace(
+            current=state.kept,
+            best=state.kept,
+            best_score=state.kept_score,
+            num_sets=state.num_sets - 1,
+            tries=state.tries + 1,
+        )
+        state = note(state, "taken back", lost)
+    if state.num_sets >= rules.max_sets or state.tries >= rules.max_tries:
+        return _stop(state)
+    return state._replace(phase="dendrites", is_early=False)
+
+
+def _sprout(key: jax.Array, state: State, host: Host, rules: _Rules) -> State:
+    """Connect the dendrites that the host proposes, or stop where it proposes none."""
+    proposal = host.propose(key, state.best)
+    if not any(np.any(mask) for mask in proposal.masks.values()):
+        state = note(state, "nothing asked", state.best_score)
+        return state._replace(phase="neurons") if state.is_early else _stop(state)
+    current = host.grow(state.best, proposal, state.num_sets)
+    state = state._replace(
+        phase="neurons",
+        current=current,
+        kept=state.best,
+        kept_score=state.best_score,
+        since=0,
+        in_phase=0,
+        num_sets=state.num_sets + 1,
+    )
+    return note(state, "grown", state.best_score)
+
+
+def _stop(state: State) -> State:
+    return note(state._replace(phase="done"), "stopped", state.best_score)

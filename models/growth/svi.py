@@ -179,18 +179,10 @@ def from_svi(
             for name, there in fit.dendrites.items()
         }
         new = program(masks_of(dendrites))
-        starts = {}
-        for site, (name, _, neurons) in new.sites.items():
-            if site not in old.sites:
-                starts[f"{site}_auto_loc"] = proposal.weights[name][neurons]
-                starts[f"{site}_auto_scale"] = proposal.scales[name][neurons]
-        state = new.init(rng_key, dendrites, starts)
+        state = new.init(rng_key, dendrites, _starts(old, new, proposal))
         params = dict(new.svi.optim.get_params(state.optim_state))
-        params |= {
-            name: leaf
-            for name, leaf in old.svi.optim.get_params(fit.state).items()
-            if name in params
-        }
+        known = old.svi.optim.get_params(fit.state)
+        params |= {name: leaf for name, leaf in known.items() if name in params}
         return Fit(new.svi.optim.init(params), dendrites)
 
     return Host(
@@ -272,6 +264,16 @@ def _program(model, guide, optimiser, args, kwargs, weights, layer_fn, prior_sca
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
 
     return _Program(weights, svi, init, constrained, epoch, observe)
+
+
+def _starts(old, new, proposal):
+    """Return where the guide's parameters of new sites start: at the weights' posterior."""
+    starts = {}
+    for site, (name, _, neurons) in new.sites.items():
+        if site not in old.sites:
+            starts[f"{site}_auto_loc"] = proposal.weights[name][neurons]
+            starts[f"{site}_auto_scale"] = proposal.scales[name][neurons]
+    return starts
 
 
 def _log_likelihood(sites, key_labels):

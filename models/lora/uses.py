@@ -51,29 +51,8 @@ def layouts(
         {'down': 'oi', 'up': 'io'}
     """
     leaves = named_leaves(params)
-    for name, leaf in leaves.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(
-                f"params must hold arrays only, but {name!r} is {type(leaf).__name__}. Of an "
-                "Equinox model take `arrays, rest = equinox.partition(model, equinox.is_array)`, "
-                "and in apply_fn `equinox.combine(arrays, rest)`; of a Flax NNX one "
-                "`graph, state = nnx.split(model)` and `nnx.merge(graph, state)`."
-            )
-    found = sorted(
-        name for name, leaf in leaves.items() if leaf.ndim > 1 and re.search(target, name)
-    )
-    if not found:
-        matrices = [name for name, leaf in leaves.items() if leaf.ndim > 1]
-        raise ValueError(
-            f"No weight's name matches target={target!r}. There are {matrices[:8]}"
-            f"{' and others' if len(matrices) > 8 else ''}; vectors are not adapted."
-        )
-    for name in found:
-        if not jnp.issubdtype(leaves[name].dtype, jnp.floating):
-            raise ValueError(
-                f"{name!r} is of {leaves[name].dtype}. Only weights of floating point are adapted: "
-                "narrow target, or take the weights before they are quantised."
-            )
+    _check_arrays(leaves)
+    found = _matching(leaves, target)
     jaxpr = jax.make_jaxpr(apply_fn)(params, *example).jaxpr
     views = {
         variable: _View(name, tuple(range(leaf.ndim)), ())
@@ -83,12 +62,7 @@ def layouts(
     uses = {name: _Uses([], []) for name in found}
     _follow(jaxpr, views, uses)
     if not materialise:
-        custom = sorted(set(_custom_vjps(jaxpr)))
-        if custom:
-            raise ValueError(
-                f"quax cannot trace functions with a custom_vjp, and apply_fn calls {custom}. "
-                f"{WAY_OUT}"
-            )
+        _check_custom_vjps(jaxpr)
     return {name: _layout(name, leaves[name], uses[name], materialise) for name in found}
 
 
@@ -110,6 +84,43 @@ class _Uses(NamedTuple):
     others: list[str]
 
 
+def _check_arrays(leaves):
+    for name, leaf in leaves.items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"params must hold arrays only, but {name!r} is {type(leaf).__name__}. Of an "
+                "Equinox model take `arrays, rest = equinox.partition(model, equinox.is_array)`, "
+                "and in apply_fn `equinox.combine(arrays, rest)`; of a Flax NNX one "
+                "`graph, state = nnx.split(model)` and `nnx.merge(graph, state)`."
+            )
+
+
+def _matching(leaves, target) -> list[str]:
+    """Return the names of the matrices that match, sorted."""
+    matrices = [name for name, leaf in leaves.items() if leaf.ndim > 1]
+    found = sorted(name for name in matrices if re.search(target, name))
+    if not found:
+        raise ValueError(
+            f"No weight's name matches target={target!r}. There are {matrices[:8]}"
+            f"{' and others' if len(matrices) > 8 else ''}; vectors are not adapted."
+        )
+    for name in found:
+        if not jnp.issubdtype(leaves[name].dtype, jnp.floating):
+            raise ValueError(
+                f"{name!r} is of {leaves[name].dtype}. Only weights of floating point are adapted: "
+                "narrow target, or take the weights before they are quantised."
+            )
+    return found
+
+
+def _check_custom_vjps(jaxpr):
+    custom = sorted(set(_custom_vjps(jaxpr)))
+    if custom:
+        raise ValueError(
+            f"quax cannot trace functions with a custom_vjp, and apply_fn calls {custom}. {WAY_OUT}"
+        )
+
+
 def _follow(jaxpr, views, uses) -> list[_View | None]:
     """Follow weights through a jaxpr, note their uses, and return which outputs are weights."""
 
@@ -118,48 +129,59 @@ def _follow(jaxpr, views, uses) -> list[_View | None]:
 
     for eqn in jaxpr.eqns:
         seen = [view(atom) for atom in eqn.invars]
-        present = [v for v in seen if v is not None]
-        if not present:
-            continue
-        name = eqn.primitive.name
-        results: list[_View | None] = [None] * len(eqn.outvars)
-        if name in ELEMENTWISE:
-            results = [seen[0]]
-        elif name == "transpose":
-            axes = tuple(present[0].axes[axis] for axis in eqn.params["permutation"])
-            results = [present[0]._replace(axes=axes)]
-        elif name == "dot_general" and len(present) == 1:
-            side = 0 if seen[0] is not None else 1
-            (contract, batch) = (pair[side] for pair in eqn.params["dimension_numbers"])
-            axes = present[0].axes
-            uses[present[0].name].products.append(
-                (
-                    frozenset(axes[axis] for axis in contract),
-                    frozenset(axes[axis] for axis in batch) | frozenset(present[0].stack),
-                )
-            )
-        elif inner := _bodies(eqn, seen):
-            outputs = []
-            for body, body_seen in inner:
-                body_views = {
-                    variable: _slice(v, variable.aval.ndim)
-                    for variable, v in zip(body.invars, body_seen, strict=True)
-                    if v is not None
-                }
-                outputs = _follow(body, body_views, uses)
-            if name not in ("scan", "while", "cond"):
-                results = outputs
-            else:
-                for v in outputs:
-                    if v is not None:
-                        uses[v.name].others.append(name)
-        else:
-            for v in present:
-                uses[v.name].others.append(name)
-        for variable, result in zip(eqn.outvars, results, strict=True):
-            if result is not None:
-                views[variable] = result
+        if any(v is not None for v in seen):
+            for variable, result in zip(eqn.outvars, _results(eqn, seen, uses), strict=True):
+                if result is not None:
+                    views[variable] = result
     return [view(atom) for atom in jaxpr.outvars]
+
+
+def _results(eqn, seen, uses) -> list[_View | None]:
+    """Note what an equation does with weights, and return which of its outputs are weights."""
+    name = eqn.primitive.name
+    weights = [v for v in seen if v is not None]
+    if name in ELEMENTWISE:
+        return [seen[0]]
+    if name == "transpose":
+        axes = tuple(weights[0].axes[axis] for axis in eqn.params["permutation"])
+        return [weights[0]._replace(axes=axes)]
+    if name == "dot_general" and len(weights) == 1:
+        _note_product(eqn, seen, uses)
+    elif inner := _bodies(eqn, seen):
+        outputs = [_follow_inside(body, body_seen, uses) for body, body_seen in inner][-1]
+        if name not in ("scan", "while", "cond"):
+            return outputs
+        _note_others(name, outputs, uses)
+    else:
+        _note_others(name, weights, uses)
+    return [None] * len(eqn.outvars)
+
+
+def _note_product(eqn, seen, uses):
+    """Note over which axes of its only weight a product sums, and which it stacks."""
+    side = 0 if seen[0] is not None else 1
+    weight = seen[side]
+    contract, batch = (
+        frozenset(weight.axes[axis] for axis in pair[side])
+        for pair in eqn.params["dimension_numbers"]
+    )
+    uses[weight.name].products.append((contract, batch | frozenset(weight.stack)))
+
+
+def _note_others(name, weights, uses):
+    for weight in weights:
+        if weight is not None:
+            uses[weight.name].others.append(name)
+
+
+def _follow_inside(body, seen, uses) -> list[_View | None]:
+    """Follow weights through a jaxpr inside an equation."""
+    views = {
+        variable: _slice(v, variable.aval.ndim)
+        for variable, v in zip(body.invars, seen, strict=True)
+        if v is not None
+    }
+    return _follow(body, views, uses)
 
 
 def _slice(view, ndim):

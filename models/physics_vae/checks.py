@@ -5,8 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 
 RESERVED = {
-    *("x", "c", "y", "z_c", "z_y", "noise", "physics", "residual", "prediction", "sigma_x"),
-    *("c_missing", "y_missing", "c_mean", "y_mean", "c_adversary", "y_adversary", "records"),
+    "x",
+    "c",
+    "y",
+    "z_c",
+    "z_y",
+    "noise",
+    "physics",
+    "residual",
+    "prediction",
+    "sigma_x",
+    "c_missing",
+    "y_missing",
+    "c_mean",
+    "y_mean",
+    "c_adversary",
+    "y_adversary",
+    "records",
 }
 
 

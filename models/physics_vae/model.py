@@ -1,24 +1,22 @@
 """A physical model plus a residual network: NumPyro model and amortised guide."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.handlers import substitute
 
 from probbp.models.physics_vae.checks import check_options, check_physics
-from probbp.models.physics_vae.coordinates import Latent, constrain, latents_of
+from probbp.models.physics_vae.coordinates import Latent, latents_of
+from probbp.models.physics_vae.decoder import model_of
+from probbp.models.physics_vae.encoder import blocks_of, gaussian_of, guide_of
 from probbp.models.physics_vae.labels import Label, standardisation
 from probbp.models.physics_vae.networks import all_networks
-from probbp.models.physics_vae.records import observe, records_plate, rows_of
-from probbp.ops import gradient_reversal
 
 
 class PhysicsVAE(NamedTuple):
@@ -174,6 +172,7 @@ def physics_vae(
     labels = {"c": domain, "y": classes}
     labels = {name: label for name, label in labels.items() if label is not None}
     dims = {"c": domain_dim, "y": class_dim}
+    dims = {name: dims[name] for name in labels}
     check_options(priors, x, labels, reference, guide, known)
     num_outputs, dtype = x.shape[-1], jnp.result_type(x.dtype, jnp.float32)
     loc, scale = (jnp.asarray(a, dtype) for a in standardisation(x))
@@ -181,167 +180,17 @@ def physics_vae(
     # An output that hardly varies is noise, and is not blown up.
     scale = jnp.maximum(scale, overall / 10)
 
-    latents, spread_of_u, spread_of_z = latents_of(priors, {name: dims[name] for name in labels})
-    num_physics = sum(math.prod(latents[name].shape) for name in priors)
-    starts = {"x": (0, num_physics)} | {
-        name: (latents[f"z_{name}"].start, dims[name]) for name in labels
-    }
-    num_latent = sum(size for _, size in starts.values())
-    blocks = starts if guide == "partitioned" else {"": (0, num_latent)}
-    blocks = {"encoder" + ("_" + name if name else ""): block for name, block in blocks.items()}
-
-    sizes: dict[str, tuple[int, ...]] = {
-        name: (num_outputs, width, width, d * (d + 3) // 2) for name, (_, d) in blocks.items()
-    }
-    sizes["residual"] = (sum(dims[name] for name in labels), width, num_outputs)
-    for name, label in labels.items():
-        half = width // 2
-        sizes[f"prior_{name}"] = (label.num_features, half, 2 * dims[name])
-        sizes[f"head_{name}"] = (dims[name], half, label.num_outputs)
-        sizes[f"adversary_{name}"] = (spread_of_z.shape[1], half, label.num_outputs)
+    latents, spread_of_u, spread_of_z = latents_of(priors, dims)
+    blocks = blocks_of(latents, priors, guide)
+    sizes = _sizes(blocks, labels, dims, num_outputs, spread_of_z.shape[1], width)
     modules = all_networks(sizes, networks, nnx.Rngs(0) if rngs is None else rngs, dtype)
     check_physics(physics, priors, known, num_outputs)
 
     def net(name):
         return nnx_module(name, modules[name])
 
-    def prior(name, features):
-        mean, log_scale = jnp.split(net(f"prior_{name}")(features), 2, -1)
-        return dist.Normal(mean, jnp.exp(jnp.clip(log_scale, -7.0, 3.0))).to_event(1)
-
-    def conditional_prior(name, value, has):
-        """Return p(z | label), the label summed over or sampled in rows that lack it."""
-        label = labels[name]
-        if has is None:
-            return prior(name, label.features(value))
-        if label.marginal.has_enumerate_support:
-            support = label.marginal.enumerate_support(expand=False)
-            weights = label.marginal.log_prob(support) + jnp.zeros((*has.shape, 1))
-            # Finite, so that no derivative is 0 * inf.
-            is_value = value[:, None] == support
-            weights = jnp.where(has[:, None], jnp.where(is_value, 0.0, -1e9), weights)
-            components = prior(name, label.features(support)).expand(weights.shape)
-            return dist.MixtureSameFamily(dist.Categorical(logits=weights), components)
-        missing = numpyro.sample(f"{name}_missing", label.marginal.mask(~has))
-        has = has.reshape(has.shape + (1,) * (missing.ndim - has.ndim))
-        return prior(name, label.features(jnp.where(has, value, missing)))
-
-    def anchor():
-        """Return the residual's latents at the reference."""
-        if reference is None:
-            return None
-        values = {name: jnp.asarray(reference[name])[None] for name in labels}
-        means = [prior(name, labels[name].features(values[name])).mean for name in labels]
-        return jnp.concatenate(means, -1)
-
-    def model(
-        x=None,
-        c=None,
-        y=None,
-        *,
-        known=None,
-        has_c=None,
-        has_y=None,
-        subsample_size=None,
-        num_records=None,
-        strength=-1.0,
-        relative=False,
-        invariance=None,
-        label_weight=1.0,
-        heads=True,
-    ):
-        rows = rows_of(labels, x, c, y, known, has_c, has_y, num_records)
-        sigma = numpyro.param("sigma_x", overall, constraint=dist.constraints.positive)
-        if relative:
-            strength = strength * jax.lax.stop_gradient(sigma) ** 2 / num_outputs
-        with records_plate(rows, subsample_size) as rows:
-            x, known = rows["x"], rows["known"]
-            parameters = {name: numpyro.sample(name, p) for name, p in priors.items()}
-            z = {
-                name: numpyro.sample(
-                    f"z_{name}", conditional_prior(name, rows[name], rows[f"has_{name}"])
-                )
-                for name in labels
-            }
-            if known is None:
-                response = jax.vmap(physics)(parameters)
-            else:
-                response = jax.vmap(physics)(parameters, known)
-            residual_net, z_ref = net("residual"), anchor()
-            together = gradient_reversal(jnp.concatenate(list(z.values()), -1), strength)
-            residual = residual_net(together)
-            if z_ref is not None:
-                residual -= residual_net(gradient_reversal(z_ref, strength))
-            residual *= overall
-            numpyro.deterministic("physics", response)
-            numpyro.deterministic("residual", residual)
-            prediction = numpyro.deterministic("prediction", response + residual)
-            numpyro.sample("x", dist.Normal(prediction, sigma).to_event(1), obs=x)
-            if not heads:
-                return
-            for name, label in labels.items():
-                outputs = net(f"head_{name}")(z[name])
-                numpyro.deterministic(f"{name}_mean", label.mean(outputs))
-                # Without x all is drawn, and a label is what the draws are conditioned on.
-                value, has = (None, None) if x is None else (rows[name], rows[f"has_{name}"])
-                with numpyro.handlers.scale(scale=label_weight):
-                    observe(name, label.likelihood(outputs), value, has)
-                if invariance is not None and x is not None:
-                    shift, spread = spread_of_z
-                    told = jnp.concatenate(
-                        [value.reshape(len(x), -1) for value in parameters.values()], -1
-                    )
-                    told = gradient_reversal((told - shift) / spread, invariance)
-                    outputs = net(f"adversary_{name}")(told)
-                    observe(f"{name}_adversary", label.likelihood(outputs), value, has)
-
-    def amortised(
-        x,
-        c=None,
-        y=None,
-        *,
-        known=None,
-        has_c=None,
-        has_y=None,
-        subsample_size=None,
-        **of_the_model,
-    ):
-        if x is None:
-            raise ValueError("The guide reads the responses: pass x.")
-        rows = rows_of(labels, x, c, y, known, has_c, has_y, None)
-        with records_plate(rows, subsample_size) as rows:
-            mean, factor = gaussian(rows["x"])
-            standard = dist.Normal(jnp.zeros_like(mean), 1.0).to_event(1)
-            noise = numpyro.sample("noise", standard, infer={"is_auxiliary": True})
-            u = mean + (factor @ noise[..., None])[..., 0]
-            log_diagonal = jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1))
-            for name, latent in latents.items():
-                value, log_det = constrain(latent, u)
-                log_det = log_det + log_diagonal[..., latent.coordinates].sum(-1)
-                value = numpyro.sample(name, dist.Delta(value, -log_det, latent.event_dim))
-                label = name.removeprefix("z_")
-                has = rows[f"has_{label}"] if label in labels else None
-                if has is None or labels[label].marginal.has_enumerate_support:
-                    continue
-                likelihood = labels[label].likelihood(net(f"head_{label}")(value))
-                numpyro.sample(f"{label}_missing", likelihood.mask(~has))
-
-    def gaussian(x):
-        standardised = (x - loc) / scale
-        mean = jnp.zeros((*x.shape[:-1], num_latent), dtype)
-        factor = jnp.zeros((*mean.shape, num_latent), dtype)
-        for name, (start, d) in blocks.items():
-            outputs = net(name)(standardised)
-            mean = mean.at[..., start : start + d].set(outputs[..., :d])
-            diagonal = jnp.arange(start, start + d)
-            # A wide posterior drowns what a new network tells of the labels: it starts narrow.
-            scales = jnp.exp(jnp.clip(outputs[..., d : 2 * d] - 2.0, -7.0, 3.0))
-            factor = factor.at[..., diagonal, diagonal].set(scales)
-            rows, columns = (start + index for index in np.tril_indices(d, -1))
-            factor = factor.at[..., rows, columns].set(outputs[..., 2 * d :])
-        # In units of the prior's spread, so that a new network's guess lies in its middle.
-        shift, spread = spread_of_u.astype(dtype)
-        return shift + spread * jnp.clip(mean, -50.0, 50.0), spread[:, None] * factor
+    model = model_of(physics, priors, labels, net, reference, overall, num_outputs, spread_of_z)
+    gaussian = gaussian_of(net, blocks, loc, scale, spread_of_u.astype(dtype))
 
     def encode(params, x):
         with substitute(data=dict(params)):
@@ -351,5 +200,27 @@ def physics_vae(
         with substitute(data=dict(params)):
             return labels[name].likelihood(net(f"head_{name}")(z))
 
-    parts = (model, amortised, encode, predict_label)
-    return PhysicsVAE(*parts, dict(priors), labels, latents, num_outputs)
+    return PhysicsVAE(
+        model=model,
+        guide=guide_of(gaussian, net, labels, latents),
+        encode=encode,
+        predict_label=predict_label,
+        priors=dict(priors),
+        labels=labels,
+        latents=latents,
+        num_outputs=num_outputs,
+    )
+
+
+def _sizes(blocks, labels, dims, num_outputs, num_parameters, width) -> dict[str, tuple[int, ...]]:
+    """Return the layers' sizes of the default networks, by name."""
+    half = width // 2
+    sizes: dict[str, tuple[int, ...]] = {
+        name: (num_outputs, width, width, d * (d + 3) // 2) for name, (_, d) in blocks.items()
+    }
+    sizes["residual"] = (sum(dims.values()), width, num_outputs)
+    for name, label in labels.items():
+        sizes[f"prior_{name}"] = (label.num_features, half, 2 * dims[name])
+        sizes[f"head_{name}"] = (dims[name], half, label.num_outputs)
+        sizes[f"adversary_{name}"] = (num_parameters, half, label.num_outputs)
+    return sizes

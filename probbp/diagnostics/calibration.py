@@ -271,22 +271,7 @@ def _binned(
 def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Return arrays of at least single precision, or say what is wrong with them."""
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
-    if probs.ndim > 2:
-        raise ValueError(
-            f"probs has shape {probs.shape}, but is (rows, classes) or (rows,): average the draws "
-            "of a posterior first (`probs.mean(axis=0)`), or use jax.vmap."
-        )
-    if probs.ndim == 0 or probs.size == 0:
-        raise ValueError(f"probs has shape {probs.shape}: there is no row to judge.")
-    if probs.ndim == 2 and probs.shape[1] == 1:
-        raise ValueError(
-            "probs has one column: pass the probability of class 1 as a vector (`probs[:, 0]`)."
-        )
-    if labels.shape != probs.shape[:1]:
-        raise ValueError(
-            f"labels has shape {labels.shape}, but needs one class index per row, "
-            f"{probs.shape[:1]}: for one-hot labels take `labels.argmax(axis=-1)`."
-        )
+    _check_shapes(probs.shape, labels.shape)
     if labels.dtype == bool:
         labels = labels.astype(int)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -297,24 +282,52 @@ def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]
     tolerance = max(1e-4, 4 * float(jnp.finfo(probs.dtype).eps))
     probs = probs.astype(jnp.promote_types(probs.dtype, jnp.float32))
     if not isinstance(probs, Tracer):
-        values = np.asarray(probs)
-        if not np.all((values >= -tolerance) & (values <= 1 + tolerance)):
-            raise ValueError(
-                f"probs lies between {values.min():.4g} and {values.max():.4g}, outside [0, 1]: "
-                "turn logits into probabilities first (`jax.nn.softmax`, `jax.nn.sigmoid`)."
-            )
-        if probs.ndim == 2 and np.any(np.abs(values.sum(axis=1) - 1) > tolerance):
-            worst = values.sum(axis=1)[np.argmax(np.abs(values.sum(axis=1) - 1))]
-            raise ValueError(
-                f"A row of probs sums to {worst:.6g}, not to one: normalise it (`probs / "
-                "probs.sum(axis=1, keepdims=True)`), and check that the classes are the last axis."
-            )
+        _check_probs(np.asarray(probs), tolerance)
     if not isinstance(labels, Tracer):
-        num_classes = 2 if probs.ndim == 1 else probs.shape[1]
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"labels runs from {low} to {high}, but must lie between 0 and {num_classes - 1}: "
-                "number the classes from 0, and leave out rows without a label."
-            )
+        _check_labels(labels, 2 if probs.ndim == 1 else probs.shape[1])
     return probs, labels
+
+
+def _check_shapes(probs: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if len(probs) > 2:
+        raise ValueError(
+            f"probs has shape {probs}, but is (rows, classes) or (rows,): average the draws "
+            "of a posterior first (`probs.mean(axis=0)`), or use jax.vmap."
+        )
+    if 0 in probs or not probs:
+        raise ValueError(f"probs has shape {probs}: there is no row to judge.")
+    if len(probs) == 2 and probs[1] == 1:
+        raise ValueError(
+            "probs has one column: pass the probability of class 1 as a vector (`probs[:, 0]`)."
+        )
+    if labels != probs[:1]:
+        raise ValueError(
+            f"labels has shape {labels}, but needs one class index per row, "
+            f"{probs[:1]}: for one-hot labels take `labels.argmax(axis=-1)`."
+        )
+
+
+def _check_probs(probs: np.ndarray, tolerance: float) -> None:
+    if not np.all((probs >= -tolerance) & (probs <= 1 + tolerance)):
+        raise ValueError(
+            f"probs lies between {probs.min():.4g} and {probs.max():.4g}, outside [0, 1]: "
+            "turn logits into probabilities first (`jax.nn.softmax`, `jax.nn.sigmoid`)."
+        )
+    if probs.ndim == 1:
+        return
+    sums = probs.sum(axis=1)
+    worst = sums[np.argmax(np.abs(sums - 1))]
+    if abs(worst - 1) > tolerance:
+        raise ValueError(
+            f"A row of probs sums to {worst:.6g}, not to one: normalise it (`probs / "
+            "probs.sum(axis=1, keepdims=True)`), and check that the classes are the last axis."
+        )
+
+
+def _check_labels(labels: jax.Array, num_classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels runs from {low} to {high}, but must lie between 0 and {num_classes - 1}: "
+            "number the classes from 0, and leave out rows without a label."
+        )

@@ -82,7 +82,8 @@ def _draw_leaves(quality: GradientQuality, ax: Any) -> None:
     for y, cells in enumerate(columns, start=-1):
         for cell, shift in zip(cells, (52, 104, 156), strict=True):
             ax.annotate(
-                *(cell, (1, max(y, -0.7))),
+                cell,
+                (1, max(y, -0.7)),
                 xycoords=ax.get_yaxis_transform(),
                 xytext=(shift, 0),
                 textcoords="offset points",
@@ -103,59 +104,80 @@ def _draw_leaves(quality: GradientQuality, ax: Any) -> None:
 
 
 def _draw_estimators(quality: Mapping[str, GradientQuality], ax: Any) -> None:
-    costs = np.array([q.flops_ratio for q in quality.values()])
+    costs = np.array([result.flops_ratio for result in quality.values()])
     is_known = bool(np.all(np.isfinite(costs)))
     if not is_known:
         costs = np.ones(len(costs))
-    overall = [q.overall for q in quality.values()]
-    noise = np.array([row.relative_variance for row in overall])
-    bias = np.array([max(row.bias**2 - row.bias_error**2, 0) for row in overall])
-    errors = noise + bias
-    bars = np.array([row.relative_variance_error for row in overall])
-
+    errors = np.array([_squared_error(result) for result in quality.values()])
     is_seen = errors > 1e-6
     low = errors[is_seen].min() / 8 if is_seen.any() else 0.1
     high = errors[is_seen].max() * 4 if is_seen.any() else 1.0
     left, right = costs.min() / 1.7, costs.max() * 2.6
     if is_known:
-        for level in 10.0 ** np.arange(np.floor(np.log10(low * left)), np.log10(high * right) + 1):
-            ax.plot([left, right], [level / left, level / right], color=_GREY, lw=0.7, zorder=0)
+        _draw_averages(ax, (left, right), (low, high))
     ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+
     labels = [
         name + (" (biased)" if result.biased else "") + ("" if is_seen[i] else " (exact)")
         for i, (name, result) in enumerate(quality.items())
     ]
-    offsets = _label_offsets(ax, costs, np.where(is_seen, errors, low), labels)
+    heights = np.where(is_seen, errors, low)
+    offsets = _label_offsets(ax, costs, heights, labels)
     offsets[:, 1] += np.where(is_seen, 0, 8)
     for i, result in enumerate(quality.values()):
-        is_biased = bool(result.biased)
-        color = _RED if is_biased else _BLUE
-        y = errors[i] if is_seen[i] else low
-        if is_seen[i]:
-            ax.errorbar(costs[i], y, yerr=2 * bars[i], color=color, lw=1.2, capsize=0, zorder=2)
-        ax.plot(
-            *(costs[i], y, "o" if is_seen[i] else "v"),
-            color=color,
-            mfc="white" if is_biased else color,
-            ms=7,
-            mew=1.6,
-            clip_on=False,
-            zorder=3,
-        )
-        ax.annotate(
-            *(labels[i], (costs[i], y)),
-            xytext=tuple(offsets[i]),
-            textcoords="offset points",
-            ha="right" if offsets[i, 0] < 0 else "left",
-            va="center",
-            fontsize=9,
-            color=_INK if not is_biased else color,
-        )
-    modes = " or ".join(sorted({q.reference for q in quality.values()}))
+        _draw_mark(ax, result, costs[i], heights[i], is_seen[i])
+        _draw_label(ax, labels[i], result, (costs[i], heights[i]), offsets[i])
+    modes = " or ".join(sorted({result.reference for result in quality.values()}))
     ax.set_xlabel(f"operations of an estimate, over those of {modes}" if is_known else "")
     if not is_known:
         ax.set_xticks([])
     ax.set_ylabel("mean squared error / |gradient|²")
+
+
+def _squared_error(quality: GradientQuality) -> float:
+    """Return variance and squared bias, less what chance alone adds to the bias."""
+    row = quality.overall
+    return row.relative_variance + max(row.bias**2 - row.bias_error**2, 0)
+
+
+def _draw_averages(ax: Any, xlim: tuple[float, float], ylim: tuple[float, float]) -> None:
+    """Draw lines along which an average over keys moves: error times cost is constant there."""
+    (left, right), (low, high) = xlim, ylim
+    for level in 10.0 ** np.arange(np.floor(np.log10(low * left)), np.log10(high * right) + 1):
+        ax.plot([left, right], [level / left, level / right], color=_GREY, lw=0.7, zorder=0)
+
+
+def _draw_mark(ax: Any, quality: GradientQuality, x: float, y: float, is_seen: bool) -> None:
+    color = _RED if quality.biased else _BLUE
+    if is_seen:
+        length = 2 * quality.overall.relative_variance_error
+        ax.errorbar(x, y, yerr=length, color=color, lw=1.2, capsize=0, zorder=2)
+    ax.plot(
+        x,
+        y,
+        "o" if is_seen else "v",
+        color=color,
+        mfc="white" if quality.biased else color,
+        ms=7,
+        mew=1.6,
+        clip_on=False,
+        zorder=3,
+    )
+
+
+def _draw_label(
+    ax: Any, label: str, quality: GradientQuality, at: tuple[float, float], offset: np.ndarray
+) -> None:
+    ax.annotate(
+        label,
+        at,
+        xytext=tuple(offset),
+        textcoords="offset points",
+        ha="right" if offset[0] < 0 else "left",
+        va="center",
+        fontsize=9,
+        color=_RED if quality.biased else _INK,
+    )
 
 
 def _label_offsets(ax: Any, x: np.ndarray, y: np.ndarray, labels: list[str]) -> np.ndarray:

@@ -76,14 +76,9 @@ def gradient_quality(
         >>> bool(abs(error) < 4 * quality.overall.relative_variance_error)
         True
     """
-    if num_keys < 2:
-        raise ValueError(f"gradient_quality needs at least two keys, got num_keys={num_keys}.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"A batch has at least one key, got batch_size={batch_size}.")
+    _require_counts(num_keys, batch_size)
     params = jax.tree.map(jnp.asarray, params)
     names = _names(params)
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-
     value_and_grad = estimator(fun, has_aux=True) if has_aux else estimator(fun)
     mode, compiled = _exact(reference or fun, has_aux, params)
     value, exact = compiled(params)
@@ -93,37 +88,13 @@ def gradient_quality(
 
     # All sums are of numbers around one: each leaf is measured in units of its largest entry.
     exact = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(exact)]
-    largest = max(np.abs(leaf).max(initial=0) for leaf in exact)
-    # Rounding in the precision of the leaf, or of the value where that is coarser.
-    value_eps = jnp.finfo(jax.tree.leaves(value)[0].dtype).eps
-    rounding = [
-        np.full(leaf.size, float(max(jnp.finfo(leaf.dtype).eps, value_eps)) ** (2 / 3) * largest)
-        for leaf in jax.tree.leaves(params)
-    ]
-    units = [np.abs(leaf).max(initial=0) for leaf in exact]
-    units = [
-        float(unit if np.all(unit > floor) else largest)
-        for unit, floor in zip(units, rounding, strict=True)
-    ]
+    rounding = _rounding(exact, params, jax.tree.leaves(value)[0].dtype)
+    units = _units(exact, rounding)
     scaled = [leaf / unit for leaf, unit in zip(exact, units, strict=True)]
-
-    batch_size = min(num_keys, batch_size or max(1, _NUMBERS_AT_ONCE // sum(sizes)))
-    num_batches = -(-num_keys // batch_size)
-    # The last batch is filled up with keys of the first ones, which do not count.
-    index = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
-    keys = jax.random.split(rng_key, num_keys)[index % num_keys]
-    means, squares, along = _stream(
-        value_and_grad, params, scaled, units, keys, jnp.asarray(index < num_keys)
-    )
+    keys, is_counted = _batches(rng_key, num_keys, batch_size, sum(leaf.size for leaf in exact))
+    means, squares, along = _stream(value_and_grad, params, scaled, units, keys, is_counted)
     along = np.asarray(along, np.float64).reshape(-1, len(names), 3)[:num_keys]
-    is_finite = np.isfinite(along[..., 2])
-    num_bad = int(np.sum(~is_finite.all(axis=1)))
-    if num_bad:
-        bad = [repr(name) for i, name in enumerate(names) if not np.all(is_finite[:, i])]
-        raise ValueError(
-            f"{num_bad} of {num_keys} estimates are not finite, in {', '.join(bad)}, "
-            "though the exact gradient is: lower the estimator's step or scale, or move params."
-        )
+    _require_finite(np.isfinite(along[..., 2]), names)
 
     deviations = [
         unit * (np.asarray(mean, np.float64) - leaf)
@@ -153,6 +124,42 @@ def gradient_quality(
         *estimate_cost,
         *_cost(compiled),
     )
+
+
+def _rounding(exact: list[np.ndarray], params: Tree, value_dtype: Any) -> list[np.ndarray]:
+    """Return what counts as rounding, (size,) for each leaf.
+
+    That is in the precision of the leaf, or of the value where that is coarser.
+    """
+    largest = max(np.abs(leaf).max(initial=0) for leaf in exact)
+    value_eps = jnp.finfo(value_dtype).eps
+    return [
+        np.full(leaf.size, float(max(jnp.finfo(leaf.dtype).eps, value_eps)) ** (2 / 3) * largest)
+        for leaf in jax.tree.leaves(params)
+    ]
+
+
+def _units(exact: list[np.ndarray], rounding: list[np.ndarray]) -> list[float]:
+    """Return the largest entry of each leaf, or of all leaves where a leaf's is mere rounding."""
+    units = [np.abs(leaf).max(initial=0) for leaf in exact]
+    return [
+        float(unit if np.all(unit > floor) else max(units))
+        for unit, floor in zip(units, rounding, strict=True)
+    ]
+
+
+def _batches(
+    rng_key: jax.Array, num_keys: int, batch_size: int | None, num_entries: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return keys (batches, batch), and which of them count.
+
+    The last batch is filled up with keys of the first ones, which do not.
+    """
+    batch_size = min(num_keys, batch_size or max(1, _NUMBERS_AT_ONCE // num_entries))
+    num_batches = -(-num_keys // batch_size)
+    index = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
+    keys = jax.random.split(rng_key, num_keys)[index % num_keys]
+    return keys, jnp.asarray(index < num_keys)
 
 
 def _stream(
@@ -325,6 +332,24 @@ def _names(params: Tree) -> list[str]:
     if not sum(leaf.size for leaf in jax.tree.leaves(params)):
         raise ValueError("params has no entries: give a tree with at least one array.")
     return names
+
+
+def _require_counts(num_keys: int, batch_size: int | None) -> None:
+    if num_keys < 2:
+        raise ValueError(f"gradient_quality needs at least two keys, got num_keys={num_keys}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"A batch has at least one key, got batch_size={batch_size}.")
+
+
+def _require_finite(is_finite: np.ndarray, names: list[str]) -> None:
+    """Require it of all estimates, (keys, leaves)."""
+    num_bad = int(np.sum(~is_finite.all(axis=1)))
+    if num_bad:
+        bad = [repr(name) for i, name in enumerate(names) if not np.all(is_finite[:, i])]
+        raise ValueError(
+            f"{num_bad} of {len(is_finite)} estimates are not finite, in {', '.join(bad)}, "
+            "though the exact gradient is: lower the estimator's step or scale, or move params."
+        )
 
 
 def _require_gradient(exact: Tree, names: list[str]) -> None:

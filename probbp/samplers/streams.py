@@ -72,22 +72,12 @@ def stream(
             missing, and for names that are no names of files.
     """
     zarr, path = _zarr(), Path(path)
-    for group in GROUPS:
-        for name in template[group].data_vars:
-            if not name or name in (".", "..", "zarr.json") or {"/", "\\", "\0"} & set(name):
-                raise ValueError(
-                    f"The variable {name!r} can't name an array on disk. Rename it: by "
-                    "postprocess_fn, or in the position."
-                )
+    _check_names(template)
     if on.writes:
         for partial in path.parent.glob(f"{path.name}.partial-*"):
             shutil.rmtree(partial)
         if not path.exists():
-            if num_written:
-                raise ValueError(
-                    f"The checkpoint knows of {num_written} draws, and {path} is not there. Bring "
-                    "it back, or remove the checkpoint to start anew."
-                )
+            _require_fresh(path, num_written)
             new = path.with_name(f"{path.name}.partial-{os.getpid()}")
             _create(new, template, num_draws, every, prints)
             # It is there as a whole or not at all.
@@ -181,6 +171,24 @@ def _array(group, name, shape, chunks, dtype, dims):
         fill_value=np.nan if np.issubdtype(dtype, np.inexact) else np.zeros((), dtype)[()],
         dimension_names=dims,
     )
+
+
+def _check_names(template):
+    for group in GROUPS:
+        for name in template[group].data_vars:
+            if not name or name in (".", "..", "zarr.json") or {"/", "\\", "\0"} & set(name):
+                raise ValueError(
+                    f"The variable {name!r} can't name an array on disk. Rename it: by "
+                    "postprocess_fn, or in the position."
+                )
+
+
+def _require_fresh(path, num_written):
+    if num_written:
+        raise ValueError(
+            f"The checkpoint knows of {num_written} draws, and {path} is not there. Bring "
+            "it back, or remove the checkpoint to start anew."
+        )
 
 
 def _check(zarr, path, template, every, prints, num_written):

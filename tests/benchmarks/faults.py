@@ -132,19 +132,10 @@ def damages(folder: Path, num_tries: int) -> None:
                 result = draw(run, **options)
             except (ValueError, ImportError) as error:
                 return f"refused ({kind(error)})"
-        if result.keys() != wanted.keys():
+        if not are_equal(result, wanted):
             return "WRONG"
-        for name, (dims, values) in wanted.items():
-            if result[name][0] != dims or not np.array_equal(result[name][1], values):
-                return "WRONG"
         is_told = any("is damaged" in str(warning.message) for warning in warned)
         return "same, from an older state" if is_told else "same"
-
-    def files(*folders):
-        return [f for folder in folders for f in sorted(folder.rglob("*")) if f.is_file()]
-
-    def newest(run):
-        return max((run / "states").iterdir(), key=lambda path: int(path.name))
 
     def flip(path):
         content = bytearray(path.read_bytes())
@@ -168,9 +159,6 @@ def damages(folder: Path, num_tries: int) -> None:
         state = newest(run)
         outside = shutil.move(state / "arrays", run.parent / f"outside {rng.random()}")
         (state / "arrays").symlink_to(outside)
-
-    def stranger(run):
-        (run / "notes.txt").write_text("mine")
 
     nothing = lambda run: None
     of_state = lambda run: [newest(run)]
@@ -196,6 +184,25 @@ def damages(folder: Path, num_tries: int) -> None:
     for name, (damage, options) in faults.items():
         tries = num_tries if damage is not nothing else 1
         report(name, Counter(outcome(damage, **options) for _ in range(tries)))
+
+
+def are_equal(result, wanted) -> bool:
+    return result.keys() == wanted.keys() and all(
+        result[name][0] == dims and np.array_equal(result[name][1], values)
+        for name, (dims, values) in wanted.items()
+    )
+
+
+def files(*folders):
+    return [f for folder in folders for f in sorted(folder.rglob("*")) if f.is_file()]
+
+
+def newest(run):
+    return max((run / "states").iterdir(), key=lambda path: int(path.name))
+
+
+def stranger(run):
+    (run / "notes.txt").write_text("mine")
 
 
 def kind(error: Exception) -> str:

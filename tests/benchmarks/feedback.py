@@ -80,10 +80,9 @@ def compare(network: Network, num_rounds: int) -> None:
         "random": (through(lambda kernel, b: (kernel, b)), random, 0),
         "uniform_sign": (through(lambda k, b: (k, feedback.uniform_sign(k))), random, 0),
         "fixed_magnitude": (through(lambda k, b: (k, feedback.fixed_magnitude(k, b))), random, 0),
-        "kolen_pollack": (
-            through(lambda k, b: (feedback.kolen_pollack(k, b), b)), random, (0, 1)),
+        "kolen_pollack": (through(lambda k, b: (feedback.kolen_pollack(k, b), b)), random, (0, 1)),
         "direct": (direct, sent, 0),
-    }  # fmt: skip
+    }
     calls = {}
     for name, (loss, weights, argnums) in losses.items():
         fun = jax.value_and_grad(loss, argnums)

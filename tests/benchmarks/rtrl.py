@@ -111,9 +111,11 @@ def potential(name: str, model: Callable, num_states: int, y: jax.Array, **optio
 
     def loss(scan, params):
         info = initialize_model(
-            jax.random.key(0), partial(model, scan=scan, **options), model_args=(y,),
+            jax.random.key(0),
+            partial(model, scan=scan, **options),
+            model_args=(y,),
             validate_grad=False,
-        )  # fmt: skip
+        )
         return info.potential_fn(params)
 
     start = initialize_model(

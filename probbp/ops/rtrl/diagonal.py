@@ -6,6 +6,7 @@ carrying it forward takes as much memory as the parameters: linear recurrent uni
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,12 +63,7 @@ def diagonal_scan(
         (4, 2)
     """
     params, init, xs = jax.tree.map(jnp.asarray, (params, init, xs))
-    num_units = {leaf.shape[:1] for leaf in jax.tree.leaves((params, init))}
-    if len(num_units) != 1 or () in num_units:
-        raise ValueError(
-            "diagonal_scan takes units on the first axis of every leaf of params and init, as many "
-            f"in all; found leading axes {sorted(num_units)}."
-        )
+    _check_units(params, init)
     one_unit = jax.tree.map(lambda leaf: leaf[0], (params, init))
     one_params, one_state = (ravel_pytree(tree) for tree in one_unit)
 
@@ -95,11 +91,7 @@ def diagonal_scan(
 
     def plain_jvp(primals, tangents):
         flat_params, flat_init, loss_consts, cell_consts, xs = primals
-        if any(map(is_moved, jax.tree.leaves(tangents[3:]))):
-            raise TypeError(
-                "diagonal_scan has no derivative with respect to xs or to what the cell closes "
-                "over: give the cell its parameters by params, and take jax.lax.stop_gradient(xs)."
-            )
+        _require_unmoved(tangents[3:])
         moved = [i for i, dot in enumerate(tangents[2]) if is_moved(dot)]
 
         def loss_of(states, some, x):
@@ -107,31 +99,18 @@ def diagonal_scan(
             consts = [filled.get(i, leaf) for i, leaf in enumerate(loss_consts)]
             return loss_fn(consts, states, x)
 
-        def pushed(params, state, trace, x):
-            def both(params, state):
-                new = cell_fn(cell_consts, params, state, x)
-                return new, new
-
-            (by_params, by_state), new = jax.jacrev(both, (0, 1), has_aux=True)(params, state)
-            return new, (by_state @ trace).at[:, : params.size].add(by_params)
-
+        pushed = jax.vmap(partial(_pushed, partial(cell_fn, cell_consts)), (0, 0, 0, None))
         some = [loss_consts[i] for i in moved]
 
         def step(carry, x):
             states, traces, total, grad, grad_some = carry
-            states, traces = jax.vmap(pushed, in_axes=(0, 0, 0, None))(
-                flat_params, states, traces, x
-            )
+            states, traces = pushed(flat_params, states, traces, x)
             here, (slope, slope_some) = jax.value_and_grad(loss_of, (0, 1))(states, some, x)
             grad = grad + jnp.einsum("us,usc->uc", slope, traces)
             grad_some = jax.tree.map(jnp.add, grad_some, slope_some)
             return (states, traces, total + here, grad, grad_some), None
 
-        # A trace has a column for each parameter of its unit and each entry of its first state.
-        num_units, num_states = flat_init.shape
-        num_params = flat_params.shape[1]
-        first = jnp.eye(num_states, num_params + num_states, num_params, dtype=flat_init.dtype)
-        traces = jnp.broadcast_to(first, (num_units, *first.shape))
+        traces = _first_traces(flat_params, flat_init)
         start = (flat_init, traces, zero, traces[:, 0] * 0, jax.tree.map(jnp.zeros_like, some))
         (states, traces, total, grad, grad_some), _ = jax.lax.scan(step, start, xs)
 
@@ -147,6 +126,49 @@ def diagonal_scan(
     run.defjvp(plain_jvp, symbolic_zeros=True)
     states, total = run(flat_params, flat_init, loss_consts, cell_consts, xs)
     return total, jax.vmap(one_state[1])(states)
+
+
+def _pushed(
+    cell: Callable, params: jax.Array, state: jax.Array, trace: jax.Array, x: Tree
+) -> tuple[jax.Array, jax.Array]:
+    """Step a unit and its trace (states, parameters and first states)."""
+
+    def both(params, state):
+        new = cell(params, state, x)
+        return new, new
+
+    (by_params, by_state), new = jax.jacrev(both, (0, 1), has_aux=True)(params, state)
+    return new, (by_state @ trace).at[:, : params.size].add(by_params)
+
+
+def _first_traces(params: jax.Array, init: jax.Array) -> jax.Array:
+    """Return traces with a column for each parameter of a unit and each entry of its first state.
+
+    Args:
+        params: (units, parameters).
+        init: (units, states).
+    """
+    num_units, num_states = init.shape
+    num_params = params.shape[1]
+    first = jnp.eye(num_states, num_params + num_states, num_params, dtype=init.dtype)
+    return jnp.broadcast_to(first, (num_units, *first.shape))
+
+
+def _check_units(params: Tree, init: Tree) -> None:
+    num_units = {leaf.shape[:1] for leaf in jax.tree.leaves((params, init))}
+    if len(num_units) != 1 or () in num_units:
+        raise ValueError(
+            "diagonal_scan takes units on the first axis of every leaf of params and init, as many "
+            f"in all; found leading axes {sorted(num_units)}."
+        )
+
+
+def _require_unmoved(tangents: Any) -> None:
+    if any(map(is_moved, jax.tree.leaves(tangents))):
+        raise TypeError(
+            "diagonal_scan has no derivative with respect to xs or to what the cell closes "
+            "over: give the cell its parameters by params, and take jax.lax.stop_gradient(xs)."
+        )
 
 
 def _ravelled(tree: Tree) -> jax.Array:

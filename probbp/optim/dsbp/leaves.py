@@ -130,15 +130,7 @@ def precision(dtype: Any) -> Any:
 
 
 def _view(shape: tuple[int, ...], numbers: MuonDimensionNumbers, side: str) -> View:
-    inputs, outputs = (
-        tuple(axis for axis in ((axes,) if isinstance(axes, int) else axes))
-        for axes in (numbers.reduction_axis, numbers.output_axis)
-    )
-    if any(not -len(shape) <= axis < len(shape) for axis in (*inputs, *outputs)):
-        raise ValueError(f"{numbers} names axes that an array of shape {shape} does not have.")
-    inputs, outputs = ([axis % len(shape) for axis in axes] for axes in (inputs, outputs))
-    if len({*inputs, *outputs}) < len(inputs) + len(outputs):
-        raise ValueError(f"{numbers} takes an axis twice, for an array of shape {shape}.")
+    inputs, outputs = _axes(shape, numbers)
     stacked = [axis for axis in range(len(shape)) if axis not in (*inputs, *outputs)]
     first, last = (inputs, outputs) if side == "in" else (outputs, inputs)
     order = (*stacked, *first, *last)
@@ -153,3 +145,17 @@ def _view(shape: tuple[int, ...], numbers: MuonDimensionNumbers, side: str) -> V
         lambda array: array.transpose(order).reshape(*batch, size, other),
         lambda matrix: matrix.reshape(transposed).transpose(back),
     )
+
+
+def _axes(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> tuple[list[int], list[int]]:
+    """Return the axes of the inputs and of the outputs, counted from the first."""
+    given = [
+        (axes,) if isinstance(axes, int) else tuple(axes)
+        for axes in (numbers.reduction_axis, numbers.output_axis)
+    ]
+    if any(not -len(shape) <= axis < len(shape) for axes in given for axis in axes):
+        raise ValueError(f"{numbers} names axes that an array of shape {shape} does not have.")
+    inputs, outputs = ([axis % len(shape) for axis in axes] for axes in given)
+    if len({*inputs, *outputs}) < len(inputs) + len(outputs):
+        raise ValueError(f"{numbers} takes an axis twice, for an array of shape {shape}.")
+    return inputs, outputs
