@@ -146,9 +146,6 @@ VARIANTS = {
 }
 # The same programs with another estimator or another constant.
 SETTINGS = {
-    "mala, orthogonal": Sampler(
-        partial(mala, estimator=forward(2, tangents="orthogonal"), key_policy="shared"), 0.1, 2
-    ),
     "mala, controlled": Sampler(
         partial(mala, estimator=control_variate(forward(), opposite)), 0.1, 1
     ),

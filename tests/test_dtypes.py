@@ -39,10 +39,7 @@ def dtypes(tree):
             if "wrong" not in name
         ),
         ("mala", "half"),
-        *(
-            pytest.param(name, "half", marks=pytest.mark.slow)
-            for name in ("mala, orthogonal", "pc_line_fmala, plane")
-        ),
+        pytest.param("pc_line_fmala, plane", "half", marks=pytest.mark.slow),
         ("line_fmala, plane", "brain"),
     ],
 )
