@@ -22,7 +22,7 @@ def fun(params):
     return jnp.sum(jnp.sin(params["a"])) * jnp.sum(params["b"][0] ** 2) + params["b"][1] ** 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @members(ESTIMATORS)
 def test_the_value_is_exact_and_the_gradient_has_the_shape_of_the_parameters(name, dtype):
     p = params(dtype)
@@ -33,7 +33,7 @@ def test_the_value_is_exact_and_the_gradient_has_the_shape_of_the_parameters(nam
     )
 
 
-@members(ESTIMATORS)
+@members(ESTIMATORS, quick=["reverse", "gaussian", "orthogonal", "in batches", "averaged"])
 def test_the_key_decides_the_gradient(name):
     value_and_grad = ESTIMATORS[name].estimator(fun)
     grads = [value_and_grad(jax.random.key(seed), params())[1]["a"] for seed in (0, 0, 1)]
