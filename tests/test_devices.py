@@ -71,6 +71,7 @@ def run(file, environment, num_processes, *options):
         return result["beta"], result["lp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "options"),
     [

@@ -5,8 +5,10 @@ import random
 
 import long_run
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path):
     """Draws and growth in other processes, beside this one, which nobody kills."""
     environment = os.environ | {
