@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 
-def key(seed):
+def key_of(seed):
     """Return `jax.random.key(seed)`."""
     return jax.random.wrap_key_data(np.array([0, seed], np.uint32))
 
 
-def keys(seed, num):
+def keys_of(seed, num):
     """Return keys of their own, as a list."""
     return [jax.random.wrap_key_data(np.array([seed + 1, i], np.uint32)) for i in range(num)]
 

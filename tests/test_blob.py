@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.special
-from cheap import compiled, fitted, key, like, normal
+from cheap import compiled, fitted, key_of, like, normal
 from flax import nnx
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
@@ -22,7 +22,7 @@ from probbp.models.blob import bayesian_lora
 from probbp.models.blob.model import _each_example
 from probbp.models.lora import Factors
 
-KEY = key(0)
+KEY = key_of(0)
 WIDTH, CLASSES, TIME = 4, 3, 5
 X = normal(1, 3, TIME, WIDTH)
 
@@ -231,7 +231,7 @@ def test_layouts_are_found(name):
         found = lora.layouts(apply_fn, params, target, (x,))
         assert {name: layout.roles for name, layout in found.items()} == roles
     leaves = lora.named_leaves(base)
-    assert all(layout.shape == leaves[key].shape for key, layout in found.items())
+    assert all(layout.shape == leaves[name].shape for name, layout in found.items())
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
     """W_j = W + s B (M + (A - M) o t_j s_j^T), one network after the other."""
     bayes, apply_fn, base, x = build(name, dtype)
     factors = {}
-    for i, (key, layout) in enumerate(bayes.layouts.items()):
+    for i, (weight, layout) in enumerate(bayes.layouts.items()):
         a, b = layout.shape_of_a(2), layout.shape_of_b(2)
-        factors[key] = Factors(
+        factors[weight] = Factors(
             a=(0.3 * normal(i, *a)).astype(dtype),
             b=(0.3 * normal(i + 10, *b)).astype(dtype),
             delta=(0.3 * normal(i + 20, *a)).astype(dtype),
@@ -259,8 +259,8 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
     network = compiled(apply_fn)
     for j in range(3):
         dense = dict(leaves)
-        for key, (a, b, delta, in_signs, out_signs) in factors.items():
-            layout = bayes.layouts[key]
+        for weight, (a, b, delta, in_signs, out_signs) in factors.items():
+            layout = bayes.layouts[weight]
             a_j = a + delta * np.einsum("...r,...n->...rn", out_signs[j], in_signs[j])
             update = np.einsum("...or,...ri->...oi", b, a_j) * bayes.scale
             # Written out for each arrangement that the table has.
@@ -268,7 +268,7 @@ def test_signs_per_example_equal_dense_weights_per_example(name, dtype, toleranc
                 update = np.swapaxes(update, -1, -2)
             elif layout.roles in ("ioo", "iio"):
                 update = update.T
-            dense[key] = leaves[key] + update.reshape(layout.shape)
+            dense[weight] = leaves[weight] + update.reshape(layout.shape)
         want = network(jax.tree.unflatten(structure, dense.values()), x[j : j + 1])[0]
         np.testing.assert_allclose(got[j], want, rtol=tolerance, atol=tolerance)
         assert np.max(abs(want - network(base, x[j : j + 1])[0])) > 1e-2
