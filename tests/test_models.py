@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import compiled, key_of, normal
 from numpyro.infer import MCMC, Predictive
-from numpyro.infer.util import initialize_model
+from numpyro.infer.util import initialize_model, log_density
 
 import probbp
 from probbp.models import bnn, hierarchical
 from probbp.numpyro import Kernel
 
-X = jax.random.normal(jax.random.key(0), (30, 2))
-GROUP = jnp.arange(30) % 3
+X = normal(0, 30, 2)
+GROUP = np.arange(30) % 3
 
 # name -> (model of data, its inputs)
 MODELS = {
@@ -37,26 +38,51 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @every_model
 def test_prior_draws_are_finite(name):
     model, inputs = MODELS[name]
-    draws = Predictive(model, num_samples=20)(jax.random.key(1), *inputs)
+    draws = compiled(Predictive(model, num_samples=20))(key_of(1), *inputs)
     assert draws["y"].shape == (20, 30)
-    assert all(jnp.all(jnp.isfinite(draw)) for draw in draws.values())
+    assert all(np.all(np.isfinite(draw)) for draw in draws.values())
 
 
 @every_model
 def test_forward_and_reverse_mode_agree_on_the_log_density(name):
     model, inputs = MODELS[name]
-    y = Predictive(model, num_samples=1)(jax.random.key(1), *inputs)["y"][0]
-    info = initialize_model(jax.random.key(2), model, model_args=(*inputs, y))
-    z = info.param_info.z
-    tangent = jax.tree.map(jnp.ones_like, z)
-    _, slope = jax.jvp(info.potential_fn, (z,), (tangent,))
-    grad = jax.grad(info.potential_fn)(z)
-    np.testing.assert_allclose(slope, sum(jnp.sum(leaf) for leaf in grad.values()), rtol=1e-8)
+
+    @compiled
+    def derivatives():
+        y = Predictive(model, num_samples=1)(key_of(1), *inputs)["y"][0]
+        info = initialize_model(key_of(2), model, model_args=(*inputs, y))
+        z = info.param_info.z
+        _, slope = jax.jvp(info.potential_fn, (z,), (jax.tree.map(jnp.ones_like, z),))
+        return slope, jax.grad(info.potential_fn)(z)
+
+    slope, grad = derivatives()
+    np.testing.assert_allclose(slope, sum(np.sum(leaf) for leaf in grad.values()), rtol=1e-8)
 
 
+def test_the_two_parametrisations_are_one_density():
+    """With alpha = mu + tau z, the density of z is that of alpha times tau for each group."""
+    tau, y = 0.7, normal(3, 30)
+    shared = {"mu": 0.4, "tau": tau, "sigma": 0.9, "beta": normal(4, 2)}
+    z = normal(5, 3)
+
+    @compiled
+    def densities():
+        return [
+            log_density(MODELS[name][0], (X, GROUP, y), {}, shared | site)[0]
+            for name, site in (
+                ("hierarchical", {"alpha": shared["mu"] + tau * z}),
+                ("hierarchical, non-centred", {"z": z}),
+            )
+        ]
+
+    centred, other = densities()
+    np.testing.assert_allclose(other, centred + 3 * np.log(tau), rtol=1e-12)
+
+
+@pytest.mark.slow
 def test_the_two_parametrisations_are_one_posterior():
     _, inputs = MODELS["hierarchical"]
-    y = Predictive(MODELS["hierarchical"][0], num_samples=1)(jax.random.key(3), *inputs)["y"][0]
+    y = Predictive(MODELS["hierarchical"][0], num_samples=1)(key_of(3), *inputs)["y"][0]
     means, errors = [], []
     for name in ("hierarchical", "hierarchical, non-centred"):
         mcmc = MCMC(
@@ -67,7 +93,7 @@ def test_the_two_parametrisations_are_one_posterior():
             chain_method="vectorized",
             progress_bar=False,
         )
-        mcmc.run(jax.random.key(0), *inputs, y)
+        mcmc.run(key_of(0), *inputs, y)
         draws = mcmc.get_samples(group_by_chain=True)["alpha"]
         means.append(draws.mean((0, 1)))
         errors.append(draws.mean(1).std(0) / np.sqrt(4))
@@ -82,6 +108,7 @@ def test_the_network_s_products_can_be_replaced():
         calls.append(w.shape)
         return x @ w
 
-    Predictive(partial(bnn.model, widths=(4,), dense=dense), num_samples=1)(jax.random.key(0), X)
+    predictive = Predictive(partial(bnn.model, widths=(4,), dense=dense), num_samples=1)
+    jax.eval_shape(predictive, key_of(0), X)
     assert (2, 4) in calls
     assert (4, 1) in calls

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import compiled
 from targets import anisotropic, gaussian
 
 import probbp
@@ -41,7 +42,7 @@ def assert_mean(draws, truth):
     "target", [gaussian(1), gaussian(30), anisotropic(2), anisotropic(30)], ids=lambda t: t.name
 )
 def test_acceptance_of_pc_line_on_any_gaussian(target):
-    @jax.jit
+    @compiled
     def rates_of(epsilon):
         algorithm = probbp.pc_line_fmala(target.logdensity_fn, epsilon**2 / 2, floor=0.0)
         return one_step(algorithm, target)[0]
