@@ -30,9 +30,23 @@ def like(shapes, seed=0):
 
 
 def compiled(fun, **options):
-    """Return `jax.jit(fun)` whose results are NumPy's arrays."""
-    jitted = jax.jit(fun, **options)
-    return lambda *args, **kwargs: jax.device_get(jitted(*args, **kwargs))
+    """Return `jax.jit(fun)` whose results are NumPy's arrays.
+
+    Functions, words and truth values among its arguments are not traced.
+    """
+
+    def run(*args, **kwargs):
+        static = {
+            "static_argnums": [i for i, arg in enumerate(args) if _is_static(arg)],
+            "static_argnames": [name for name, arg in kwargs.items() if _is_static(arg)],
+        }
+        return jax.device_get(jax.jit(fun, **static | options)(*args, **kwargs))
+
+    return run
+
+
+def _is_static(arg):
+    return callable(arg) or isinstance(arg, str | bool)
 
 
 def fitted(svi, rng_key, num_steps, *args, **kwargs):

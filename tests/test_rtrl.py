@@ -14,7 +14,7 @@ from probbp.ops import rtrl
 
 
 def series(length, key=0):
-    return normal(key, length)
+    return draw(key, length)
 
 
 def two_loops(scan, params, length, dtype=float):
