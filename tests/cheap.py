@@ -40,7 +40,9 @@ def compiled(fun, **options):
             "static_argnums": [i for i, arg in enumerate(args) if _is_static(arg)],
             "static_argnames": [name for name, arg in kwargs.items() if _is_static(arg)],
         }
-        return jax.device_get(jax.jit(fun, **static | options)(*args, **kwargs))
+        found = jax.jit(fun, **static | options)(*args, **kwargs)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found))
+        return found if traced else jax.device_get(found)
 
     return run
 

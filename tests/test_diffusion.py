@@ -9,14 +9,13 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from cheap import compiled, key_of, normal
+import scipy.special
+from cheap import compiled, fitted, key_of, normal
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from numpyro.handlers import seed, trace
 from numpyro.infer import HMC, MCMC, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
-from scipy.special import ndtri
 from scipy.stats import norm
 
 import probbp
@@ -31,26 +30,34 @@ MATRIX, Y, SCALE = np.array([[1.0, 0.5]]), np.array([0.4]), 0.4
 COVARIANCE = np.array([[0.3, 0.1], [0.1, 0.2]]) + 0.24 * np.array([[4.0, -2.0], [-2.0, 1.0]])
 
 
+# Made once, and not as a part of a program that asks for them.
+now = jax.ensure_compile_time_eval
+
+
 @cache
 def data():
-    return diffusion.mixture([0.4, 0.6], [[-1.0, 0.5], [1.0, -0.5]], [[0.3, 0.1], [0.1, 0.2]])
+    with now():
+        return diffusion.mixture([0.4, 0.6], [[-1.0, 0.5], [1.0, -0.5]], [[0.3, 0.1], [0.1, 0.2]])
 
 
 @cache
 def best():
-    return diffusion.mixture_denoiser(data(), SCHEDULE)
+    with now():
+        return diffusion.mixture_denoiser(data(), SCHEDULE)
 
 
 @cache
 def path():
-    return sdo.gaussian_path(COVARIANCE)
+    with now():
+        return sdo.gaussian_path(COVARIANCE)
 
 
 @cache
 def mixed():
     """Gaussians of their own shapes, for closed forms."""
     covariances = [[[0.3, 0.1], [0.1, 0.2]], [[1.0, -0.5], [-0.5, 0.9]]]
-    return diffusion.mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], covariances)
+    with now():
+        return diffusion.mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], covariances)
 
 
 @cache
@@ -77,54 +84,75 @@ def logdensity_fn(z, **options):
 
 
 def test_the_mixture_s_denoiser_is_its_score():
-    denoiser = diffusion.mixture_denoiser(mixed(), SCHEDULE)
-    x = 2 * normal(0, 5, 2)
-    for t in (0, 300, 999):
-        signal = SCHEDULE.train_signal[t]
-        gaussians = mixed().component_distribution
-        noised = diffusion.mixture(
-            mixed().mixing_distribution.probs,
-            signal**0.5 * gaussians.loc,
-            signal * gaussians.covariance_matrix + (1 - signal) * np.eye(2),
+    x, times = 2 * normal(0, 5, 2), (0, 300, 999)
+
+    @compiled
+    def both(x):
+        denoiser, gaussians = (
+            diffusion.mixture_denoiser(mixed(), SCHEDULE),
+            mixed().component_distribution,
         )
-        score = compiled(jax.vmap(jax.grad(noised.log_prob)))(x)
-        eps = denoiser(x, np.full(5, float(t)))
-        np.testing.assert_allclose(eps, -((1 - signal) ** 0.5) * score, rtol=1e-8)
+        found = []
+        for t in times:
+            signal = SCHEDULE.train_signal[t]
+            noised = diffusion.mixture(
+                mixed().mixing_distribution.probs,
+                signal**0.5 * gaussians.loc,
+                signal * gaussians.covariance_matrix + (1 - signal) * jnp.eye(2),
+            )
+            score = jax.vmap(jax.grad(noised.log_prob))(x)
+            found.append((denoiser(x, jnp.full(5, float(t))), -((1 - signal) ** 0.5) * score))
+        return found
+
+    for eps, expected in both(x):
+        np.testing.assert_allclose(eps, expected, rtol=1e-8)
 
 
 def test_the_mixture_s_posterior_is_bayes_rule():
-    posterior = diffusion.mixture_posterior(mixed(), MATRIX, Y, SCALE)
-    x = normal(0, 8, 2)
-    likelihood = dist.Normal(x @ MATRIX.T, SCALE).to_event(1).log_prob(Y)
-    evidence = mixed().log_prob(x) + likelihood - posterior.log_prob(x)
-    np.testing.assert_allclose(evidence, evidence[0], rtol=1e-9)
-    np.testing.assert_allclose(np.diag(COVARIANCE), data().variance, rtol=1e-9)
+    @compiled
+    def evidence(x):
+        posterior = diffusion.mixture_posterior(mixed(), MATRIX, Y, SCALE)
+        likelihood = dist.Normal(x @ MATRIX.T, SCALE).to_event(1).log_prob(Y)
+        return mixed().log_prob(x) + likelihood - posterior.log_prob(x), data().variance
+
+    of_each, variance = evidence(normal(0, 8, 2))
+    np.testing.assert_allclose(of_each, of_each[0], rtol=1e-9)
+    np.testing.assert_allclose(np.diag(COVARIANCE), variance, rtol=1e-9)
 
 
 def test_a_mixture_of_data_has_the_classes_moments():
     x = normal(0, 60, 3)
     labels = np.arange(60) % 7 % 3
-    data = diffusion.mixture_of(x, labels, 3, ridge=0.1)
+
+    @compiled
+    def made():
+        data = diffusion.mixture_of(jnp.asarray(x), labels, 3, ridge=0.1)
+        gaussians = data.component_distribution
+        return gaussians.loc, gaussians.covariance_matrix, data.mixing_distribution.probs
+
+    loc, covariance, probs = made()
     for k in range(3):
         rows = np.asarray(x[labels == k])
-        np.testing.assert_allclose(data.component_distribution.loc[k], rows.mean(0))
+        np.testing.assert_allclose(loc[k], rows.mean(0))
         np.testing.assert_allclose(
-            data.component_distribution.covariance_matrix[k],
+            covariance[k],
             np.cov(rows.T, bias=True) + 0.1 * np.eye(3),
             atol=1e-9,
         )
-    np.testing.assert_allclose(data.mixing_distribution.probs, np.bincount(labels) / 60)
+    np.testing.assert_allclose(probs, np.bincount(labels) / 60)
 
 
 def test_the_sampler_comes_to_the_mixture_as_its_steps_grow():
     """In one dimension the sampler is monotone: quantiles go to quantiles."""
     data = diffusion.mixture([0.3, 0.7], [[-1.5], [1.0]], [[0.2]])
     levels = np.linspace(0.01, 0.99, 99)
-    z = np.asarray(ndtri(levels))[:, None]
+    z = np.asarray(scipy.special.ndtri(levels))[:, None]
 
     def distance(num_steps):
         schedule = sdo.linear(num_steps)
-        x = sdo.sample(diffusion.mixture_denoiser(data, schedule), z, schedule)[:, 0]
+        x = compiled(
+            lambda z: sdo.sample(diffusion.mixture_denoiser(data, schedule), z, schedule)[:, 0]
+        )(z)
         share = 0.3 * norm(-1.5, 0.2**0.5).cdf(x) + 0.7 * norm(1.0, 0.2**0.5).cdf(x)
         return np.max(np.abs(share - levels))
 
@@ -144,17 +172,25 @@ def test_sites_shapes_and_plates():
             diffusion.prior("x", best(), (2,), SCHEDULE, eta=eta)
 
     for eta in (0.0, 1.0):
-        sites = trace(seed(several, 0)).get_trace(eta)
-        latent = {name for name, site in sites.items() if site["type"] == "sample"}
-        assert latent == {"x_noise"} | ({"x_step_noise"} if eta else set())
-        noise, x = sites["x_noise"]["value"], sites["x"]["value"]
-        assert noise.shape == x.shape == (4, 3, 2)
-        step_noise = None
-        if eta:
-            step_noise = sites["x_step_noise"]["value"]
-            assert step_noise.shape == (4, 3, 8, 2)
-            step_noise = jnp.moveaxis(step_noise.reshape(12, 8, 2), 1, 0)
-        plain = sdo.sample(best(), noise.reshape(12, 2), SCHEDULE, eta=eta, step_noise=step_noise)
+        latent = {}
+
+        @compiled
+        def run(eta=eta, latent=latent):
+            sites = trace(seed(several, 0)).get_trace(eta)
+            latent |= {name: site["value"].shape for name, site in sites.items()}
+            noise, x = sites["x_noise"]["value"], sites["x"]["value"]
+            step_noise = None
+            if eta:
+                step_noise = sites["x_step_noise"]["value"]
+                step_noise = jnp.moveaxis(step_noise.reshape(12, 8, 2), 1, 0)
+            options = {"eta": eta, "step_noise": step_noise}
+            plain = sdo.sample(best(), noise.reshape(12, 2), SCHEDULE, **options)
+            return x, plain
+
+        x, plain = run()
+        shapes = {"x_noise": (4, 3, 2), "x": (4, 3, 2)}
+        assert latent | shapes | ({"x_step_noise": (4, 3, 8, 2)} if eta else {}) == latent
+        assert ("x_step_noise" in latent) == bool(eta)
         np.testing.assert_allclose(x.reshape(12, 2), plain, rtol=1e-10)
 
 
@@ -204,15 +240,15 @@ def test_svi_over_noise_and_a_condition():
             )
             numpyro.sample("y", dist.Normal(x, 0.2).to_event(1), obs=y)
 
-    y = data().sample(key_of(3), (10,)) + 3.0
+    y = rows()[:10].astype(float) + 3.0
     found = {}
     for keep in (sdo.Subset(0.5), "all"):
         fixed = partial(shifted, keep_step=keep)
         optim = Optim(optax.adam(0.1), reverse())
         svi = SVI(fixed, AutoNormal(fixed), optim, Trace_ELBO())
-        result = svi.run(key_of(0), 120, y, progress_bar=False)
-        assert np.mean(result.losses[-20:]) < np.mean(result.losses[:20]) / 2
-        found[keep] = result.params["shift_auto_loc"], result.params["shift_auto_scale"]
+        params, losses = compiled(partial(fitted, svi, key_of(0), 120, y))()
+        assert losses[-20:].mean() < losses[:20].mean() / 2
+        found[keep] = params["shift_auto_loc"], params["shift_auto_scale"]
     (ours, _), (exact, scale) = found.values()
     # Both wander about one optimum by less than the posterior is wide.
     assert abs(ours - exact) < 2 * scale
@@ -226,12 +262,11 @@ def test_svi_over_noise_and_a_condition():
 @pytest.fixture(scope="module")
 def moments():
     """Mean of x and of its square given y, by quadrature over the noise."""
-    grid = jnp.linspace(-7, 7, 281)
-    z = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
-    x = jax.jit(lambda z: sdo.sample(best(), z, SCHEDULE))(z)
-    log_weights = -jnp.sum(z**2, 1) / 2 - jnp.sum((x @ MATRIX.T - Y) ** 2, 1) / (2 * SCALE**2)
-    weights = jax.nn.softmax(log_weights)
-    return np.asarray(weights @ jnp.concatenate([x, x**2], axis=1))
+    grid = np.linspace(-7, 7, 281)
+    z = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
+    x = compiled(lambda z: sdo.sample(best(), z, SCHEDULE))(z)
+    log_weights = -np.sum(z**2, 1) / 2 - np.sum((x @ MATRIX.T - Y) ** 2, 1) / (2 * SCALE**2)
+    return scipy.special.softmax(log_weights) @ np.concatenate([x, x**2], axis=1)
 
 
 def assert_moments(x, moments):
@@ -272,9 +307,8 @@ def test_mala_with_a_shortcut_for_a_force_is_exact(name, moments):
     assert_moments(np.asarray(data.posterior["x"]), moments)
 
 
-@pytest.mark.parametrize(
-    "name", ["our door", pytest.param("NumPyro's HMC", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["NumPyro's HMC", "our door"])
 def test_numpyro_s_samplers_are_exact(name, moments):
     if name == "our door":  # with a step drawn afresh for each move
         kernel = Kernel(partial(model, surrogate=path(), keep_step="random"), probbp.mala)
@@ -303,7 +337,8 @@ def small(num_conditions=0):
 
 
 def flat(network):
-    return ravel_pytree(nnx.state(network, nnx.Param))[0]
+    leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
+    return np.concatenate([np.ravel(leaf) for leaf in leaves])
 
 
 @pytest.mark.parametrize("prediction", ["v", pytest.param("eps", marks=pytest.mark.slow)])
@@ -323,24 +358,20 @@ def test_training_comes_near_the_best_denoiser(prediction):
     )
     assert np.array_equal(before, flat(network))
     assert np.isfinite(trained.losses).all()
-    t = np.asarray(SCHEDULE.train_signal)
-    key_t, key_noise = jax.random.split(key_of(5))
-    times = jax.random.randint(key_t, (500,), 0, 1000)
-    signal = t[times][:, None].astype(jnp.float32)
-    noise = jax.random.normal(key_noise, rows().shape, jnp.float32)
-    noisy = jnp.sqrt(signal) * rows() + jnp.sqrt(1 - signal) * noise
+    times = np.random.default_rng(5).integers(0, 1000, 500)
+    signal = np.asarray(SCHEDULE.train_signal, np.float32)[times][:, None]
+    noise = normal(6, *rows().shape).astype(np.float32)
+    noisy = np.sqrt(signal) * rows() + np.sqrt(1 - signal) * noise
 
-    def error(eps):
-        return float(jnp.mean((eps - noise) ** 2))
-
-    def of(network):
-        output = network(noisy, times.astype(jnp.float32))
+    def error(network, prediction):
+        output = network(noisy, jnp.asarray(times, jnp.float32))
         if prediction == "v":
             output = jnp.sqrt(signal) * output + jnp.sqrt(1 - signal) * noisy
-        return error(output)
+        return jnp.mean((output - noise) ** 2)
 
-    least = error(best()(noisy, times.astype(jnp.float32)))
-    assert least < of(trained.network) < least + (of(network) - least) / 5
+    cases = (best(), "eps"), (trained.network, prediction), (network, prediction)
+    least, after, before = compiled(lambda: [error(*case) for case in cases])()
+    assert least < after < least + (before - least) / 5
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -388,9 +419,11 @@ def test_a_condition_tells_and_can_be_left_out():
     network = small(2)
     t = np.full(3, 10.0)
     x = np.ones((3, 2))
-    first, second = (network(x, t, jnp.broadcast_to(np.eye(2)[i], (3, 2))) for i in (0, 1))
+    conditions = [np.tile(row, (3, 1)) for row in (*np.eye(2), np.zeros(2))]
+    run = compiled(lambda: (network(x, t), *(network(x, t, c) for c in conditions)))
+    without, first, second, zero = run()
     assert not np.allclose(first, second)
-    np.testing.assert_array_equal(network(x, t), network(x, t, np.zeros((3, 2))))
+    np.testing.assert_allclose(without, zero, rtol=1e-6)
     with pytest.raises(ValueError, match="num_conditions"):
         small()(x, t, np.zeros((3, 2)))
 
@@ -445,9 +478,13 @@ def test_tuning_moves_the_samples():
     )
     assert np.array_equal(before, flat(network))
     assert tuned.losses[-10:].mean() < tuned.losses[:10].mean() / 2
+
     # The metric before each step is that of the samples of a sampler run by hand.
-    key_noise, _ = jax.random.split(jax.random.fold_in(key_of(1), 0))
-    noise = jax.random.normal(key_noise, (32, 2), jnp.float32)
-    x = sdo.sample(network, noise, SCHEDULE, prediction="v")
-    by_hand = jnp.mean(jnp.sum((x - target) ** 2, axis=-1))
-    np.testing.assert_allclose(tuned.losses[0], by_hand, rtol=1e-4)
+    @compiled
+    def by_hand(rng_key):
+        key_noise, _ = jax.random.split(jax.random.fold_in(rng_key, 0))
+        noise = jax.random.normal(key_noise, (32, 2), jnp.float32)
+        x = sdo.sample(network, noise, SCHEDULE, prediction="v")
+        return jnp.mean(jnp.sum((x - target) ** 2, axis=-1))
+
+    np.testing.assert_allclose(tuned.losses[0], by_hand(key_of(1)), rtol=1e-4)

@@ -323,7 +323,7 @@ IMAGES[:, 2:4, 2] = normal(1, 1, 2, 2)
 
 @cache
 def layers():
-    used = compiled(transfer.used_directions)
+    used = transfer.used_directions
     return {
         "dense": Layer(jnp.matmul, FEW, (8, 3), used(FEW)),
         "convolution": Layer(conv, IMAGES, (3, 3, 2, 4), used(patches(np.array(IMAGES), (3, 3)))),

@@ -325,6 +325,19 @@ def direct_weights(seed, params, x):
     return compiled(lambda key: feedback.direct_weights(key, layers_of(params), x))(KEYS[seed])
 
 
+def test_direct_weights_send_a_unit_error_back_at_unit_length():
+    """Their entries have the variance 1 / features, whatever follows the axes of the error."""
+    layers = [
+        lambda x: jnp.ones((*x.shape[:-1], 20, 30)) * x[..., :1, None],
+        lambda h: h[..., 0, :5],
+    ]
+    shape = jax.ShapeDtypeStruct((7, 4), jnp.float32)
+    (b,) = compiled(lambda key: feedback.direct_weights(key, layers, shape))(KEYS[0])
+    assert b.shape == (5, 20, 30)
+    assert abs(np.mean(b**2) * 600 - 1) < 4 * (2 / b.size) ** 0.5
+    assert abs(np.mean(b)) * 600**0.5 < 4 / b.size**0.5
+
+
 def test_direct_feedback_is_the_explicit_rule():
     x, labels = drawn(0, 8, 5), np.arange(8) % 3
     params = [drawn(1, 5, 6), drawn(2, 6, 6), drawn(3, 6, 3)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cheap import compiled, key_of, like, normal
+from cheap import compiled, fitted, key_of, like, normal
 from flax import nnx
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
@@ -57,7 +57,13 @@ def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        pytest.param(norm, id=name, marks=pytest.mark.slow if name == "group" else ())
+        for name, norm in NORMS.items()
+    ],
+)
 def test_convolution_pooling_residuals_and_norms(norm):
     """One step is exact in every module; more steps have the value, and about the gradient."""
     network = conv_net(norm)
@@ -81,7 +87,7 @@ def test_batch_norm_over_time_keeps_the_running_averages():
         mean, var = train.mean(axes, keepdims=True), train.var(axes, keepdims=True)
         np.testing.assert_allclose(norm.mean[...], mean.mean((0, 1)), rtol=1e-5)
         np.testing.assert_allclose(norm.var[...], var.mean((0, 1)), rtol=1e-5)
-        expected = ((train - mean) / jnp.sqrt(var + 1e-5)).mean(0)
+        expected = ((train - mean) / np.sqrt(var + 1e-5)).mean(0)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     norm.eval()
     before = norm.mean[...]
@@ -97,26 +103,27 @@ LABELS = (X[:, 0] > 1).astype(int) + (X[:, 1] > 1.5)
 
 def test_the_model_is_fitted_by_svi_and_predicts():
     model = partial(snn.model, network=NETWORK, num_steps=6, temperature=0.2)
-    prior = Predictive(model, num_samples=3)(KEY, X)
-    assert prior["network/hidden.0.kernel"].shape == (3, 5, 16)
-    assert np.all(np.isfinite(prior["logits"]))
+    simulated = partial(model, simulate=partial(rate.simulate, gradient="bptt"))
+    guide = snn.guide(model, NETWORK)
+    optim = Optim(optax.adam(2e-2), reverse())
+    svi, through_time = (SVI(m, guide, optim, TraceMeanField_ELBO()) for m in (model, simulated))
 
-    losses = {}
-    for gradient in ("rate", "bptt"):
-        simulated = partial(model, simulate=partial(rate.simulate, gradient=gradient))
-        guide = snn.guide(simulated, NETWORK)
-        svi = SVI(simulated, guide, Optim(optax.adam(2e-2), reverse()), TraceMeanField_ELBO())
-        result = svi.run(KEY, 300, X, LABELS, progress_bar=False)
-        losses[gradient] = result.losses
-    for curve in losses.values():
-        assert curve[-50:].mean() < curve[:10].mean() - 100
-    assert np.isclose(losses["rate"][0], losses["bptt"][0], rtol=1e-6)  # the value is exact
-    start = handlers.seed(guide, 0)(X, LABELS)
+    @compiled
+    def everything():
+        params, losses = fitted(svi, KEY, 300, X, LABELS)
+        _, (first,) = fitted(through_time, KEY, 1, X, LABELS)
+        start = handlers.seed(guide, 0)(X, LABELS)
+        prior = Predictive(model, num_samples=3)(KEY, X)
+        draws = Predictive(model, guide=guide, params=params, num_samples=20)(KEY, X)
+        return prior, losses, first, start, jax.nn.softmax(draws["logits"]).mean(0)
+
+    prior, losses, first, start, probs = everything()
+    assert prior["network/hidden.0.kernel"].shape == (3, 5, 16)
+    assert np.isfinite(prior["logits"]).all()
+    assert losses[-50:].mean() < losses[:10].mean() - 100
+    assert np.isclose(losses[0], first, rtol=1e-6)  # the value is exact
     kernel = NETWORK.hidden[0].kernel[...]
     assert np.max(np.abs(start["network/hidden.0.kernel"] - kernel)) < 0.02 * 6
-
-    draws = Predictive(simulated, guide=guide, params=result.params, num_samples=20)(KEY, X)
-    probs = jax.nn.softmax(draws["logits"]).mean(0)
     assert np.mean(probs.argmax(-1) == LABELS) > 0.8
 
 
@@ -127,12 +134,15 @@ def test_batches_of_the_data_count_as_all_of_it():
     def loss(x, y, **options):
         return TraceMeanField_ELBO().loss(KEY, {}, partial(model, **options), guide, x, y)
 
-    handlers.seed(guide, 0)(X, LABELS)
-    half = [loss(X[rows], LABELS[rows], num_rows=40) for rows in (slice(20), slice(20, 40))]
-    whole = loss(X, LABELS)
+    @compiled
+    def everything():
+        handlers.seed(guide, 0)(X, LABELS)
+        parts = slice(20), slice(20, 40)
+        half = [loss(X[part], LABELS[part], num_rows=40) for part in parts]
+        return half, [loss(X, LABELS, temperature=t) for t in (1.0, 2.0, 1e9)]
+
+    half, (whole, warm, prior) = everything()
     assert np.isclose(np.mean(half), whole, rtol=1e-5)
-    warm = loss(X, LABELS, temperature=2.0)
-    prior = loss(X, LABELS, temperature=1e9)
     assert np.isclose(warm - prior, (whole - prior) / 2, rtol=1e-3)
 
 
@@ -141,6 +151,7 @@ def test_a_network_with_a_state_is_refused():
         snn.model(IMAGES, Y, network=conv_net())
 
 
+@pytest.mark.slow
 def test_the_force_of_rates_leaves_mcmc_exact():
     """The log density is a step function of the weight; the reference is a sum over a grid."""
     x, y = np.array([0.6, 1.1, 1.7]), np.array([0.1, 0.5, 0.8])
