@@ -181,6 +181,26 @@ def logistic(x, y=None):
     numpyro.sample("y", dist.Bernoulli(logits=x @ weights).to_event(1), obs=y)
 
 
+def test_a_guide_starts_with_the_covariance_of_a_spectrum():
+    x, loc = normal(1, 12, SIZE), normal(2, SIZE)
+    y = (x.sum(1) > 0).astype(int)
+    guide = AutoLowRankMultivariateNormal(logistic, rank=2)
+    svi = SVI(logistic, guide, optax.sgd(0.1), Trace_ELBO())
+
+    @compiled
+    def start():
+        spectrum = spectrum_of(spiked(), 2)
+        params = dsbp.guide_params(loc, spectrum)
+        state = svi.init(key_of(2), x, y, init_params=params)
+        posterior = guide.get_posterior(svi.get_params(state))
+        return posterior.loc, posterior.covariance_matrix, spiked()
+
+    found, covariance, expected = start()
+    np.testing.assert_allclose(found, loc, rtol=1e-12)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_a_guide_starts_at_what_the_chain_s_warm_up_has_tracked():
     """On real data: its bound is better from the start than where the plain guide begins."""
     x, y = cancer()
