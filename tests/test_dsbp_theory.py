@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from cheap import compiled, keys_of, normal
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 from sklearn.datasets import load_breast_cancer
@@ -23,11 +24,7 @@ from probbp.optim.dsbp.pac_bayes import (
     prior,
 )
 
-KEYS = jax.random.split(jax.random.key(0), 8)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+KEYS = keys_of(0, 8)
 
 
 # ---------------------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def test_drift_and_diffusion_are_their_formulas_on_a_pytree():
     def noise_root(w, noise):
         return jax.tree.map(lambda w, z: jnp.cosh(w) * z, w, noise)
 
-    @jax.jit
+    @compiled
     def ours(w, noise):
         equations = [
             modified_equation(of_tree, eta, project=project, noise_root=noise_root, order=order)
@@ -82,10 +79,10 @@ def test_drift_and_diffusion_are_their_formulas_on_a_pytree():
 
     noise = normal(3, DIM)
     first, second, kick = (ravel_pytree(x)[0] for x in ours(tree(START), tree(noise)))
-    grad, hessian = jax.jit(lambda w: (jax.grad(loss_fn)(w), jax.hessian(loss_fn)(w)))(START)
+    grad, hessian = compiled(lambda w: (jax.grad(loss_fn)(w), jax.hessian(loss_fn)(w)))(START)
     np.testing.assert_allclose(first, -P @ grad, atol=1e-12)
     np.testing.assert_allclose(second, -P @ (grad + eta / 2 * hessian @ P @ grad), atol=1e-12)
-    np.testing.assert_allclose(kick, eta**0.5 * P @ (jnp.cosh(START) * noise), atol=1e-12)
+    np.testing.assert_allclose(kick, eta**0.5 * P @ (np.cosh(START) * noise), atol=1e-12)
 
 
 DESCENTS = {
@@ -119,7 +116,7 @@ def test_descent_follows_the_flow_at_the_stated_order(name):
 def test_the_two_point_gradient_s_penalty_is_exact_to_fourth_order():
     w = START
 
-    @jax.jit
+    @compiled
     def all_of(rhos):
         grad, e = jax.grad(loss_fn), leading(w)
         third = third_derivative(loss_fn, w, e)
@@ -132,7 +129,7 @@ def test_the_two_point_gradient_s_penalty_is_exact_to_fourth_order():
         largest = jax.grad(lambda w: jnp.linalg.eigvalsh(jax.hessian(loss_fn)(w))[-1])(w)
         return jax.lax.map(error, rhos), third, largest, equation.drift(w), grad(w)
 
-    errors, third, largest, drift, grad = all_of(jnp.array([0.2, 0.1]))
+    errors, third, largest, drift, grad = all_of(np.array([0.2, 0.1]))
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.05)
     np.testing.assert_allclose(third, largest, rtol=1e-8)
     np.testing.assert_allclose(drift, -(grad + 0.1**2 / 2 * largest), rtol=1e-8)
@@ -203,7 +200,7 @@ def test_a_noisy_descent_has_the_equation_s_moments_at_the_stated_order(order):
 def test_simulated_paths_have_the_equation_s_moments():
     eta, span, start = 0.2, 1.0, 2.0
     run = partial(simulate, equation=noisy(eta, 2), params=start, time=span, num_steps=50)
-    ends = jax.jit(jax.vmap(run))(jax.random.split(KEYS[4], 20_000))
+    ends = compiled(jax.vmap(run))(jax.random.split(KEYS[4], 20_000))
     for power, moment in enumerate(moments_of_equation(eta, 2, span, start), 1):
         draws = ends**power
         # The solver's own bias is of the order of h^2 + eta h = 0.004, against a moment of 0.2.
@@ -220,7 +217,7 @@ def test_the_kl_inverse_is_the_root(dtype):
         return sum(a * np.log(a / b) for a, b in ((q, p), (1 - q, 1 - p)) if a > 0)
 
     risks, budgets = np.array([0.0, 0.01, 0.3, 0.9, 1.0]), np.array([[0.005], [0.1], [2.0]])
-    ours = kl_inverse(jnp.asarray(risks, dtype), jnp.asarray(budgets, dtype))
+    ours = kl_inverse(np.asarray(risks, dtype), np.asarray(budgets, dtype))
 
     def root(q, c):
         return scipy.optimize.brentq(lambda p: kl(q, p) - c, max(q, 1e-12), 1 - 1e-12, xtol=1e-13)
@@ -231,6 +228,32 @@ def test_the_kl_inverse_is_the_root(dtype):
     np.testing.assert_allclose(kl_inverse(0.3, 0.0), 0.3, rtol=1e-6)
     # Pinsker's inequality is the weaker one.
     assert np.all(ours[:, :4] <= np.minimum(risks[:4] + np.sqrt(budgets / 2), 1) + 1e-6)
+
+
+def test_what_the_kl_inverse_returns_is_never_too_small():
+    """Its kl has reached the budget, or it is 1: of the last bracket this is the upper end.
+
+    Where a budget is large, p is near 1, and a step of one rounding changes the kl by far more than
+    the kl itself is rounded. There the two ends of the bracket are told apart.
+    """
+    risks = np.concatenate([[0.0, 1.0], np.linspace(0.001, 0.999, 41)])[:, None]
+    budgets = np.array([0.0, 1e-4, 0.003, 0.02, 0.1, 0.7, 2.0, 5.0, 10.0, 20.0, 30.0])
+    q, c = np.broadcast_arrays(risks, budgets)
+    p = compiled(kl_inverse)(q, c)
+    assert np.all((q <= p) & (p <= 1))
+
+    def term(a, b):
+        """Return a ln(a / b) in the precision of long doubles, where 1 - p is exact."""
+        a, b = np.asarray(a, np.longdouble), np.asarray(b, np.longdouble)
+        safe = (a > 0) & (b > 0)
+        value = np.where(safe, a, 0) * np.log(np.where(safe, a, 1) / np.where(safe, b, 1))
+        return np.where((a > 0) & (b == 0), np.inf, value)
+
+    one = np.longdouble(1)
+    kl = term(q, p) + term(one - q, one - p)
+    reached = kl >= c - 8 * np.finfo(float).eps * (1 + c)
+    assert np.all(reached | (p == 1))
+    assert np.sum(reached & (p < 1) & (c >= 5)) > 50  # it is seen where it can be
 
 
 def test_the_divergence_is_that_of_two_gaussians():
@@ -248,7 +271,7 @@ def test_the_divergence_is_that_of_two_gaussians():
 
 
 def test_the_optimal_variances_minimise_the_objective():
-    curvature, scale, n = jnp.array([0.0, 0.2, 3.0]), 0.5, 50
+    curvature, scale, n = np.array([0.0, 0.2, 3.0]), 0.5, 50
 
     def objective(log_variances):
         variances = jnp.exp(log_variances)
@@ -256,20 +279,20 @@ def test_the_optimal_variances_minimise_the_objective():
         return n * jnp.sum(variances * curvature) / 2 + divergence(posterior, scale)
 
     best = jnp.log(optimal_variances(curvature, scale, n))
-    slope, hessian = jax.jit(lambda z: (jax.grad(objective)(z), jax.hessian(objective)(z)))(best)
+    slope, hessian = compiled(lambda z: (jax.grad(objective)(z), jax.hessian(objective)(z)))(best)
     np.testing.assert_allclose(slope, 0, atol=1e-12)
     assert np.all(np.linalg.eigvalsh(hessian) > 0)
     # A hill is no reason to be wider than the prior.
-    assert optimal_variances(jnp.array([-1.0]), scale, n) == scale**2
+    assert optimal_variances(np.array([-1.0]), scale, n) == scale**2
 
 
 def test_laplace_takes_the_curvature_within_the_subspace():
     hessian = np.asarray(MIX @ MIX.T)
     line = prior(tree(START), BASIS, 0.5, independent=True)
-    z = jnp.array([0.3, -0.2, 0.1])
+    z = np.array([0.3, -0.2, 0.1])
     np.testing.assert_allclose(ravel_pytree(embed(line, z))[0], START + BASIS @ z)
 
-    @jax.jit
+    @compiled
     def fitted(z):
         quadratic = lambda w: ravel_pytree(w)[0] @ hessian @ ravel_pytree(w)[0] / 2
         return laplace(quadratic, line, z, num_rows=20)
@@ -282,13 +305,13 @@ def test_laplace_takes_the_curvature_within_the_subspace():
 
 def test_the_draws_mean_loss_is_the_posterior_s():
     """For a quadratic loss it is L(w) + tr(Sigma H) / 2."""
-    line = prior(jnp.zeros(DIM), BASIS, 1.0, independent=True)
+    line = prior(np.zeros(DIM), BASIS, 1.0, independent=True)
     posterior = Posterior(
-        jnp.array([0.5, 0.2, -0.3]),
+        np.array([0.5, 0.2, -0.3]),
         np.linalg.qr(normal(3, 3, 3))[0],
-        jnp.array([0.3, 0.1, 0.05]),
+        np.array([0.3, 0.1, 0.05]),
     )
-    rows = jnp.linspace(0.5, 1.5, 4)
+    rows = np.linspace(0.5, 1.5, 4)
     result = certificate(
         KEYS[4],
         lambda w, r: jnp.minimum(r * (w @ MIX @ MIX.T @ w) / 60, 1.0),  # far from 1
@@ -360,20 +383,20 @@ def of_the_labels(key, x, y):
 
 def test_the_bound_holds_over_draws_of_the_data_unless_the_basis_has_seen_them():
     keys = jax.random.split(KEYS[5], 100)
-    run = jax.jit(jax.vmap(partial(certified, basis_of=of_chance)))
+    run = compiled(jax.vmap(partial(certified, basis_of=of_chance)))
     valid = run(keys)
     assert np.mean(valid.bound < 0.5) <= 0.2 + 3 * (0.2 * 0.8 / 100) ** 0.5
     # Not for want of power: the fit itself is far below the risk, and the KL makes up for it.
     assert np.mean(valid.empirical_bound < 0.5) > 0.5
     assert np.all(valid.bound <= valid.sqrt_bound)
-    false = jax.jit(jax.vmap(partial(certified, basis_of=of_the_labels)))(keys)
+    false = compiled(jax.vmap(partial(certified, basis_of=of_the_labels)))(keys)
     assert np.mean(false.bound < 0.5) > 0.5
 
 
 def test_so_few_draws_are_made_up_for():
     """Losses that are 1 with probability 0.3 over draws of the parameters, the same in each row."""
-    plane = prior(jnp.zeros(1), jnp.eye(1), 1.0, independent=True)
-    posterior = Posterior(jnp.zeros(1), jnp.eye(1), jnp.ones(1))
+    plane = prior(np.zeros(1), np.eye(1), 1.0, independent=True)
+    posterior = Posterior(np.zeros(1), np.eye(1), np.ones(1))
     level = stats.norm.ppf(0.3)
 
     def one(key):
@@ -382,7 +405,7 @@ def test_so_few_draws_are_made_up_for():
             key, losses, plane, posterior, jnp.zeros(3), range(3), delta_draws=0.2, num_draws=20
         )
 
-    results = jax.jit(jax.vmap(one))(jax.random.split(KEYS[6], 500))
+    results = compiled(jax.vmap(one))(jax.random.split(KEYS[6], 500))
     assert np.all(results.kl == 0)
     missed = np.mean(results.empirical_bound < 0.3)
     exact = stats.binom(20, 0.3).pmf(
@@ -417,8 +440,8 @@ def test_a_certificate_of_real_data_is_far_from_vacuous():
     center, hessian = newton(x[seen], y[seen], 0.0, 1e-2)
     random = np.linalg.qr(normal(7, 31, 5))[0]
     priors = {
-        "informed": prior(jnp.asarray(center), np.linalg.eigh(hessian)[1][:, -5:], 0.3, rows=seen),
-        "random": prior(jnp.zeros(31), random, 1.0, rows=seen),
+        "informed": prior(np.asarray(center), np.linalg.eigh(hessian)[1][:, -5:], 0.3, rows=seen),
+        "random": prior(np.zeros(31), random, 1.0, rows=seen),
     }
     results, held_out = {}, {}
     for name, line in priors.items():
@@ -428,7 +451,7 @@ def test_a_certificate_of_real_data_is_far_from_vacuous():
         # laplace's: its curvature is that of the loss alone.
         curvature, axes = np.linalg.eigh(hessian)
         variances = optimal_variances(curvature - penalty, line.scale, len(rows))
-        posterior = Posterior(jnp.asarray(mean), jnp.asarray(axes), variances)
+        posterior = Posterior(np.asarray(mean), np.asarray(axes), variances)
         args = errors, line, posterior, (x, y)
         results[name] = certificate(KEYS[0], *args, rows, num_draws=400)
         # The risk itself, from examples that nothing above has seen.
@@ -446,30 +469,32 @@ def test_a_certificate_of_real_data_is_far_from_vacuous():
 # ---------------------------------------------------------------------------------------
 # The door.
 
-FREE = prior(jnp.zeros(2), jnp.eye(2), 1.0, independent=True)
-SPLIT = prior(jnp.zeros(2), jnp.eye(2), 1.0, rows=jnp.arange(3))
-POSTERIOR = Posterior(jnp.array([1.0, 0.0]), jnp.eye(2), jnp.ones(2))  # a KL of a half
+FREE = partial(prior, np.zeros(2), np.eye(2), 1.0, independent=True)
+SPLIT = partial(prior, np.zeros(2), np.eye(2), 1.0, rows=np.arange(3))
+POSTERIOR = Posterior(np.array([1.0, 0.0]), np.eye(2), np.ones(2))  # a KL of a half
 
 
-def certify(rows, line=SPLIT, losses=lambda w, x: 0 * x):
-    return certificate(KEYS[0], losses, line, POSTERIOR, jnp.arange(9.0), rows, num_draws=2)
+def certify(rows, line=None, losses=lambda w, x: 0 * x):
+    return certificate(
+        KEYS[0], losses, line or SPLIT(), POSTERIOR, jnp.arange(9.0), rows, num_draws=2
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: prior(jnp.zeros(2), jnp.eye(2), 1.0), "Say what the prior was made from"),
+        (lambda: prior(np.zeros(2), np.eye(2), 1.0), "Say what the prior was made from"),
         (
-            lambda: prior(jnp.zeros(2), jnp.eye(2), 1.0, rows=[1], independent=True),
+            lambda: prior(np.zeros(2), np.eye(2), 1.0, rows=[1], independent=True),
             "Say what the prior was made from",
         ),
-        (lambda: prior(jnp.zeros(3), jnp.eye(2), 1.0, independent=True), r"must be \(3, dim\)"),
-        (lambda: prior(jnp.zeros(2), jnp.eye(2), 0.0, independent=True), "scale must be above"),
+        (lambda: prior(np.zeros(3), np.eye(2), 1.0, independent=True), r"must be \(3, dim\)"),
+        (lambda: prior(np.zeros(2), np.eye(2), 0.0, independent=True), "scale must be above"),
         (
-            lambda: prior(jnp.zeros(2), jnp.eye(2), 1.0, rows=jnp.array([True, False])),
+            lambda: prior(np.zeros(2), np.eye(2), 1.0, rows=np.array([True, False])),
             r"take jnp.flatnonzero\(mask\)",
         ),
-        (lambda: prior(jnp.zeros(2), jnp.eye(2), 1.0, rows=[-1]), "second name"),
+        (lambda: prior(np.zeros(2), np.eye(2), 1.0, rows=[-1]), "second name"),
         (lambda: certify([2, 3]), "made from 1 of the 2 rows of the bound"),
         (lambda: certify([-1]), "second name"),
         (lambda: certify([4, 4]), "none of them twice"),
@@ -488,15 +513,15 @@ def test_bad_input(make, words):
 
 
 def test_what_cannot_be_raised_certifies_nothing():
-    result = jax.jit(lambda c: certify([4, 5], losses=lambda w, x: c * x))(2.0)
+    result = compiled(lambda c: certify([4, 5], losses=lambda w, x: c * x))(2.0)
     assert (result.bound, result.sqrt_bound) == (1, 1)
-    result = jax.jit(lambda c: certify([4, 5], losses=lambda w, x: c * x))(0.0)
+    result = compiled(lambda c: certify([4, 5], losses=lambda w, x: c * x))(0.0)
     assert result.bound < 1
 
 
 def test_each_of_many_candidates_costs_its_share():
-    many = FREE._replace(num_candidates=20)
-    one, of_twenty = (certify(range(9), line=line) for line in (FREE, many))
+    many = FREE(num_candidates=20)
+    one, of_twenty = (certify(range(9), line=line) for line in (FREE(), many))
 
     def spent(c):
         """The kl of the two bounds, which is what (KL + confidence) / n was."""

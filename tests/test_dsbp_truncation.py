@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cheap import compiled, key_of
 from sklearn.datasets import load_digits
 
 from probbp.optim.dsbp.truncation import (
@@ -22,8 +23,8 @@ from probbp.optim.dsbp.truncation import (
 SCALES = 3.0 ** -np.arange(12)
 
 
-compiled = jax.jit(truncate, static_argnames="rank")
-moment_of = jax.jit(second_moment)
+shortened = compiled(truncate, static_argnames="rank")
+moment_of = compiled(second_moment)
 
 
 def normal(seed, *shape):
@@ -68,7 +69,7 @@ def test_the_certificate_is_what_is_measured_and_the_best_there_is(name, dtype):
     atol = 50 * np.finfo(dtype).eps * np.sum(np.abs(x) ** 2) * np.sum(kernel**2) / len(x)
     moment = moment_of(x)
     for rank in (0, 2, min(kernel.shape)):
-        low = jax.tree.map(np.asarray, compiled(kernel, moment, rank=rank))
+        low = jax.tree.map(np.asarray, shortened(kernel, moment, rank=rank))
         assert low.left.dtype == low.error.dtype == dtype
         assert low.left.shape == (len(kernel), rank)
         np.testing.assert_allclose(low.right @ low.right.T, np.eye(rank), atol=100 * atol)
@@ -83,7 +84,7 @@ def test_the_certificate_is_what_is_measured_and_the_best_there_is(name, dtype):
 @every_layer
 def test_plain_truncation_is_never_better_and_other_kernels_are_not(x, kernel):
     u, s, vt = np.linalg.svd(kernel, full_matrices=False)
-    low = jax.tree.map(np.asarray, compiled(kernel, moment_of(x), rank=2))
+    low = jax.tree.map(np.asarray, shortened(kernel, moment_of(x), rank=2))
     plain = u[:, :2] * s[:2] @ vt[:2]
     assert low.error < measured(x, kernel, plain)
     for seed in range(20, 40):  # near the optimum
@@ -95,7 +96,7 @@ def test_plain_truncation_is_never_better_and_other_kernels_are_not(x, kernel):
 @every_layer
 def test_a_bias_can_take_the_mean_s_error_away(x, kernel):
     mean = x.mean(0)
-    low = compiled(kernel, moment_of(x - mean), rank=2)
+    low = shortened(kernel, moment_of(x - mean), rank=2)
     low_kernel = np.asarray(low.left) @ np.asarray(low.right)
     with_bias = x @ low_kernel + mean @ (kernel - low_kernel)
     error = np.mean(np.sum((x @ kernel - with_bias) ** 2, axis=-1))
@@ -103,7 +104,7 @@ def test_a_bias_can_take_the_mean_s_error_away(x, kernel):
     best = np.sum(np.linalg.svd(y - y.mean(0))[1][2:] ** 2) / len(x)
     np.testing.assert_allclose(low.error, error, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(low.error, best, rtol=1e-9, atol=1e-12)
-    assert error <= compiled(kernel, moment_of(x), rank=2).error + 1e-12
+    assert error <= shortened(kernel, moment_of(x), rank=2).error + 1e-12
 
 
 def test_a_tolerance_gives_the_least_rank_that_keeps_it():
@@ -114,7 +115,7 @@ def test_a_tolerance_gives_the_least_rank_that_keeps_it():
     for tolerance in (0.1, 1e-3):
         low = truncate(kernel, moment, tolerance=tolerance)
         rank, total = len(low.right), np.sum(low.spectrum)
-        assert low.error <= tolerance * total < compiled(kernel, moment, rank=rank - 1).error
+        assert low.error <= tolerance * total < shortened(kernel, moment, rank=rank - 1).error
 
 
 CONVOLUTIONS = {
@@ -134,7 +135,7 @@ def test_a_convolution_is_a_product_with_patches(shape, size, strides, padding, 
     kernel = normal(5, *size, shape[-1], 6)
     letters = "DHW"[-len(size) :]
 
-    @jax.jit
+    @compiled
     def convolve(kernel):
         return jax.lax.conv_general_dilated(
             images,
@@ -147,7 +148,7 @@ def test_a_convolution_is_a_product_with_patches(shape, size, strides, padding, 
 
     options = {"window_strides": strides, "padding": padding, "rhs_dilation": dilation}
 
-    @jax.jit
+    @compiled
     def everything(images, kernel):
         rows = patches(images, size, **options)
         moment = second_moment(rows)
@@ -170,18 +171,18 @@ def test_it_maps_over_batches_pytrees_and_stacks_and_compiles():
 
     moments = {"a": whole, "b": second_moment(z)}
     tree = jax.tree.map(partial(truncate, rank=2), {"a": kernel, "b": other}, moments)
-    low = compiled(other, moments["b"], rank=2)
+    low = shortened(other, moments["b"], rank=2)
     np.testing.assert_allclose(tree["b"].error, low.error, rtol=1e-9)
 
     kernels = np.stack([other, 2 * other])
-    moments = SecondMoment(jnp.stack([whole.total, moments["b"].total]), jnp.array([200, 200]))
-    stacked = jax.vmap(partial(truncate, rank=2))(kernels, moments)
+    moments = SecondMoment(jnp.stack([whole.total, moments["b"].total]), np.array([200, 200]))
+    stacked = compiled(jax.vmap(partial(truncate, rank=2)))(kernels, moments)
     np.testing.assert_allclose(stacked.error[1], 4 * tree["b"].error, rtol=1e-9)
     assert stacked.pays
     # 12 inputs and 8 outputs: 20 r < 96 up to a rank of 4.
-    assert [compiled(other, whole, rank=r).pays for r in (0, 4, 5)] == [True, True, False]
-    images = jnp.ones((2, 5, 5, 3))
-    low = compiled(normal(5, 3, 3, 3, 8), second_moment(patches(images, (3, 3))), rank=6)
+    assert [shortened(other, whole, rank=r).pays for r in (0, 4, 5)] == [True, True, False]
+    images = np.ones((2, 5, 5, 3))
+    low = shortened(normal(5, 3, 3, 3, 8), second_moment(patches(images, (3, 3))), rank=6)
     assert low.pays  # 6 (27 + 8) = 210 < 216
 
 
@@ -208,7 +209,7 @@ def test_the_bound_holds_at_the_end(act, lipschitz):
     hidden, lows, errors = x, [], []
     held_out = hidden_out = inputs(7, 100, 12)
     for kernel, bias in layers:
-        lows.append(jax.tree.map(np.asarray, compiled(kernel, moment_of(hidden), rank=3)))
+        lows.append(jax.tree.map(np.asarray, shortened(kernel, moment_of(hidden), rank=3)))
         low = lows[-1].left @ lows[-1].right
         errors.append(measured(hidden_out, kernel, low))
         hidden, hidden_out = act(hidden @ kernel + bias), act(hidden_out @ kernel + bias)
@@ -218,7 +219,7 @@ def test_the_bound_holds_at_the_end(act, lipschitz):
         rms = np.sqrt(np.mean(np.sum(difference**2, -1)))
         bound = end_to_end_bound(lows, lipschitz=lipschitz, errors=given)
         assert 0 < rms <= bound
-    np.testing.assert_allclose(end_to_end_bound(lows[:1]), jnp.sqrt(lows[0].error), rtol=1e-12)
+    np.testing.assert_allclose(end_to_end_bound(lows[:1]), np.sqrt(lows[0].error), rtol=1e-12)
     # Two linear layers of one unit: the bound is what it says, and attained.
     one = truncate(np.eye(2), second_moment(np.eye(2)), rank=1)
     scaled = truncate(3 * np.eye(2), second_moment(np.eye(2)), rank=1)
@@ -234,7 +235,7 @@ def test_on_digits_it_loses_less_than_plain_truncation_out_of_sample():
     def logits(params, x):
         return jnp.tanh(x @ params["kernel"] + params["bias"]) @ params["head"]
 
-    @jax.jit
+    @compiled
     def fit(key):
         keys = jax.random.split(key)
         params = {
@@ -253,14 +254,14 @@ def test_on_digits_it_loses_less_than_plain_truncation_out_of_sample():
         return jax.lax.scan(step, (params, optimiser.init(params)), length=80)[0][0]
 
     gains = []
-    for key in jax.random.split(jax.random.key(0), 3):
+    for key in jax.random.split(key_of(0), 3):
         params = fit(key)
         kernel, full = params["kernel"], logits(params, x[test])
         accuracy = jnp.mean(jnp.argmax(full, -1) == data.target[test])
         assert accuracy > 0.85
         moment = second_moment(x[train] - x[train].mean(0))
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-        low = compiled(kernel, moment, rank=8)
+        low = shortened(kernel, moment, rank=8)
         pair = {"ours": low.left @ low.right, "plain": u[:, :8] * s[:8] @ vt[:8]}
         errors = []
         for low_kernel in pair.values():  # the bias takes the mean's error in both

@@ -11,8 +11,10 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import scipy.special
+from cheap import compiled, fitted, keys_of
+from cheap import normal as drawn
 from flax import linen, nnx
-from jax.flatten_util import ravel_pytree
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import HMC, MCMC, SVI, Trace_ELBO
 from numpyro.infer.util import log_density
@@ -29,7 +31,7 @@ from probbp.models.feedback import (
 from probbp.ops import feedback, substitute
 from probbp.optim.feedback import alignment_budget, decay_until_aligned, frozen, is_trained
 
-KEYS = jax.random.split(jax.random.key(0), 12)
+KEYS = keys_of(0, 12)
 stop = jax.lax.stop_gradient
 
 
@@ -55,33 +57,37 @@ CONV = {
 }
 EINSUM, DOT = "btn,nhd->bthd", (((1,), (1,)), ((0,), (0,)))
 PRODUCTS = {
-    "dense": Product(jnp.matmul, feedback.dense, normal(KEYS[0], 2, 3), normal(KEYS[1], 3, 4)),
+    "dense": Product(jnp.matmul, feedback.dense, drawn(0, 2, 3), drawn(1, 3, 4)),
     "conv": Product(
         partial(jax.lax.conv_general_dilated, **CONV),
         lambda x, w, b: feedback.conv_general_dilated(x, w, feedback=b, **CONV),
-        normal(KEYS[0], 2, 5, 6, 4),
-        normal(KEYS[1], 3, 2, 2, 4),
+        drawn(0, 2, 5, 6, 4),
+        drawn(1, 3, 2, 2, 4),
     ),
     "einsum": Product(
         partial(jnp.einsum, EINSUM),
         lambda x, w, b: feedback.einsum(EINSUM, x, w, feedback=b),
-        normal(KEYS[0], 2, 3, 4),
-        normal(KEYS[1], 4, 2, 3),
+        drawn(0, 2, 3, 4),
+        drawn(1, 4, 2, 3),
     ),
     "dot_general": Product(
         partial(jax.lax.dot_general, dimension_numbers=DOT),
         lambda x, w, b: feedback.dot_general(x, w, DOT, feedback=b),
-        normal(KEYS[0], 2, 3),
-        normal(KEYS[1], 2, 3, 4),
+        drawn(0, 2, 3),
+        drawn(1, 2, 3, 4),
     ),
     "any": Product(
         lambda x, w: jnp.outer(x, w[::-1]) + 1.0,
         partial(feedback.through, lambda x, w: jnp.outer(x, w[::-1]) + 1.0),
-        normal(KEYS[0], 3),
-        normal(KEYS[1], 2),
+        drawn(0, 3),
+        drawn(1, 2),
     ),
 }
 every_product = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def assert_close(a, b, rtol=1e-10, atol=1e-12):
@@ -100,7 +106,7 @@ def test_with_the_kernel_for_feedback_it_is_backpropagation_to_any_order(product
     def loss(fun, x, w):
         return jnp.sum(jnp.sin(fun(jnp.tanh(x), w)))
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(compiled, static_argnums=0)
     def everything(fun, x, w, direction):
         grad = jax.grad(partial(loss, fun), (0, 1))
         _, tangent = jax.jvp(partial(loss, fun), (x, w), direction)
@@ -123,9 +129,9 @@ def test_the_value_and_the_kernel_s_gradient_are_exact_and_the_error_takes_the_o
 ):
     product = PRODUCTS[name]
     x, w = (a.astype(dtype) for a in (product.x, product.w))
-    b = normal(KEYS[2], *w.shape)  # of another dtype, to be cast
+    b = drawn(2, *w.shape)  # of another dtype, to be cast
 
-    @jax.jit
+    @compiled
     def both(x, w, b):
         y, pull = jax.vjp(product.ours, x, w, b)
         _, pull_x = jax.vjp(lambda x: product.exact(x, b.astype(dtype)), x)
@@ -147,7 +153,7 @@ def test_the_value_and_the_kernel_s_gradient_are_exact_and_the_error_takes_the_o
 
 
 def test_it_is_what_substitute_defines_under_every_transformation():
-    x, w, b = normal(KEYS[0], 5, 3), normal(KEYS[1], 3, 3), normal(KEYS[2], 3, 3)
+    x, w, b = drawn(0, 5, 3), drawn(1, 3, 3), drawn(2, 3, 3)
 
     def defined(x, w, b):
         return substitute(x @ w, stop(x) @ w + x @ stop(b))
@@ -162,14 +168,14 @@ def test_it_is_what_substitute_defines_under_every_transformation():
         return jax.jit(jax.vmap(jax.value_and_grad(partial(loss, dense)), (None, 0, None)))
 
     assert_close(over_rows(feedback.dense)(w, x, b), over_rows(defined)(w, x, b))
-    forward = jax.jacfwd(partial(loss, feedback.dense))(w, x, b)
-    assert_close(forward, jax.grad(partial(loss, defined))(w, x, b))
+    forward = compiled(jax.jacfwd(partial(loss, feedback.dense)))(w, x, b)
+    assert_close(forward, compiled(jax.grad(partial(loss, defined)))(w, x, b))
 
 
 def test_what_the_product_closes_over_keeps_its_gradient():
-    x, w, b = normal(KEYS[0], 4, 3), normal(KEYS[1], 3, 2), normal(KEYS[2], 3, 2)
+    x, w, b = drawn(0, 4, 3), drawn(1, 3, 2), drawn(2, 3, 2)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(compiled, static_argnums=0)
     def grad(layer, scale, mask):
         def loss(scale):
             op = lambda x, w: scale * (x @ jnp.where(mask, w, 0)) + scale**2
@@ -177,11 +183,11 @@ def test_what_the_product_closes_over_keeps_its_gradient():
 
         return jax.grad(loss)(scale)
 
-    args = jnp.array(0.7), w > 0
+    args = np.array(0.7), w > 0
     exact = grad(lambda op, x, w: op(x, w), *args)
     assert_close(grad(lambda op, x, w: feedback.through(op, x, w, b), *args), exact)
     batched = jax.vmap(partial(grad, lambda op, x, w: feedback.through(op, x, w, b)), (0, None))
-    assert_close(batched(jnp.array([0.7, 0.1]), w > 0)[0], exact)
+    assert_close(batched(np.array([0.7, 0.1]), w > 0)[0], exact)
 
     class Scaled:  # an object that changes has equal methods before and after
         scale = 1.0
@@ -191,16 +197,16 @@ def test_what_the_product_closes_over_keeps_its_gradient():
 
     scaled = Scaled()
     before = feedback.through(scaled.product, x, w, b)
-    scaled.scale = jnp.array(2.0)
+    scaled.scale = np.array(2.0)
     assert_close(feedback.through(scaled.product, x, w, b), 2 * before)
     # Counts and one-hot rows are signals too, without an error of their own.
-    counts = jnp.arange(12).reshape(4, 3)
-    to_w = jax.grad(lambda w: jnp.sum(feedback.dense(counts, w, b)))(w)
-    assert_close(to_w, counts.T @ jnp.ones((4, 2)))
+    counts = np.arange(12).reshape(4, 3)
+    to_w = compiled(jax.grad(lambda w: jnp.sum(feedback.dense(counts, w, b))))(w)
+    assert_close(to_w, counts.T @ np.ones((4, 2)))
 
 
 def test_a_second_derivative_is_that_of_the_rule():
-    x, w, b = normal(KEYS[0], 3), normal(KEYS[1], 3, 2), normal(KEYS[2], 3, 2)
+    x, w, b = drawn(0, 3), drawn(1, 3, 2), drawn(2, 3, 2)
 
     def grad(x, w, b):
         return jax.grad(lambda x, w: jnp.sum(feedback.dense(x, w, b) ** 2) / 2, (0, 1))(x, w)
@@ -223,27 +229,27 @@ def test_a_second_derivative_is_that_of_the_rule():
 
 
 def test_rules_make_weights_of_the_kernel_s_signs_and_scale():
-    kernels = {"a": 3 * normal(KEYS[0], 40, 50), "b": normal(KEYS[1], 40, 50)}
+    kernels = {"a": 3 * drawn(0, 40, 50), "b": drawn(1, 40, 50)}
     random = feedback.normal(KEYS[2], kernels)
     uniform = feedback.uniform_sign(kernels)
     fixed = feedback.fixed_magnitude(kernels, random)
     fresh = [feedback.redrawn(key, kernels) for key in KEYS[3:5]]
     for name, kernel in kernels.items():
-        assert_close(jnp.linalg.norm(uniform[name]), jnp.linalg.norm(kernel))
-        assert jnp.unique(jnp.abs(uniform[name])).size == 1
-        assert_close(jnp.abs(fixed[name]), jnp.abs(random[name]))
+        assert_close(np.linalg.norm(uniform[name]), np.linalg.norm(kernel))
+        assert np.unique(np.abs(uniform[name])).size == 1
+        assert_close(np.abs(fixed[name]), np.abs(random[name]))
         # The variance of 2,000 Gaussians has a relative deviation of sqrt(2 / 2000).
-        for drawn in (random, fresh[0]):
-            ratio = jnp.mean(drawn[name] ** 2) / jnp.mean(kernel**2)
+        for given in (random, fresh[0]):
+            ratio = np.mean(given[name] ** 2) / np.mean(kernel**2)
             assert abs(ratio - 1) < 4 * (2 / 2_000) ** 0.5
         for signed in (uniform, fixed, *fresh):
-            assert jnp.all(jnp.sign(signed[name]) == jnp.sign(kernel))
-        assert not jnp.any(fresh[0][name] == fresh[1][name])
+            assert np.all(np.sign(signed[name]) == np.sign(kernel))
+        assert not np.any(fresh[0][name] == fresh[1][name])
         assert abs(feedback.alignment(random, kernels)[name]) < 4 / 2_000**0.5
     # Layers of one shape have draws of their own, and a scale may be given.
     assert abs(feedback.alignment(random["a"], random["b"])) < 4 / 2_000**0.5
-    given = feedback.normal(KEYS[2], jnp.zeros((40, 50)), scale=0.5)
-    assert abs(jnp.std(given) / 0.5 - 1) < 4 / 4_000**0.5
+    given = feedback.normal(KEYS[2], np.zeros((40, 50)), scale=0.5)
+    assert abs(np.std(given) / 0.5 - 1) < 4 / 4_000**0.5
 
 
 @pytest.mark.parametrize(
@@ -256,8 +262,8 @@ def test_rules_make_weights_of_the_kernel_s_signs_and_scale():
     ids=["momentum", "sgd", "adamw"],
 )
 def test_kolen_pollack_weights_come_together_at_the_rate_of_the_decay(optimiser, request):
-    x = normal(KEYS[0], 20, 3)
-    kernels = [normal(KEYS[1], 3, 5), normal(KEYS[2], 5, 2)]
+    x = drawn(0, 20, 3)
+    kernels = [drawn(1, 3, 5), drawn(2, 5, 2)]
     params = {"kernels": kernels, "feedback": feedback.normal(KEYS[3], kernels)}
 
     def loss(params):
@@ -266,7 +272,7 @@ def test_kolen_pollack_weights_come_together_at_the_rate_of_the_decay(optimiser,
             h = feedback.dense(jnp.tanh(h), feedback.kolen_pollack(kernel, b), b)
         return jnp.mean((h - 1) ** 2)
 
-    @jax.jit
+    @compiled
     def step(carry, _):
         params, state = carry
         updates, state = optimiser.update(jax.grad(loss)(params), state, params)
@@ -275,7 +281,7 @@ def test_kolen_pollack_weights_come_together_at_the_rate_of_the_decay(optimiser,
 
     _, gaps = jax.lax.scan(step, (params, optimiser.init(params)), length=60)
     start = jax.tree.map(jnp.subtract, params["kernels"], params["feedback"])
-    steps = jnp.arange(1, 61)
+    steps = np.arange(1, 61)
     shrink = (1 - 0.05 * 0.1) ** steps
     if request.node.callspec.id == "momentum":
         # The decay goes through the momentum here, as sgd has it: the same linear recursion.
@@ -315,29 +321,51 @@ def explicit(params, x, labels, weights, between=lambda h: h):
     return [*grads, signals[-1].T @ error]
 
 
+def direct_weights(seed, params, x):
+    return compiled(lambda key: feedback.direct_weights(key, layers_of(params), x))(KEYS[seed])
+
+
+def test_direct_weights_send_a_unit_error_back_at_unit_length():
+    """Their entries have the variance 1 / features, whatever follows the axes of the error."""
+    layers = [
+        lambda x: jnp.ones((*x.shape[:-1], 20, 30)) * x[..., :1, None],
+        lambda h: h[..., 0, :5],
+    ]
+    shape = jax.ShapeDtypeStruct((7, 4), jnp.float32)
+    (b,) = compiled(lambda key: feedback.direct_weights(key, layers, shape))(KEYS[0])
+    assert b.shape == (5, 20, 30)
+    assert abs(np.mean(b**2) * 600 - 1) < 4 * (2 / b.size) ** 0.5
+    assert abs(np.mean(b)) * 600**0.5 < 4 / b.size**0.5
+
+
 def test_direct_feedback_is_the_explicit_rule():
-    x, labels = normal(KEYS[0], 8, 5), jnp.arange(8) % 3
-    params = [normal(KEYS[1], 5, 6), normal(KEYS[2], 6, 6), normal(KEYS[3], 6, 3)]
-    weights = feedback.direct_weights(KEYS[4], layers_of(params), x)
+    x, labels = drawn(0, 8, 5), np.arange(8) % 3
+    params = [drawn(1, 5, 6), drawn(2, 6, 6), drawn(3, 6, 3)]
+    weights = direct_weights(4, params, x)
     assert [b.shape for b in weights] == [(3, 6), (3, 6)]
-    assert not jnp.any(weights[0] == weights[1])
+    assert not np.any(weights[0] == weights[1])
 
     def loss(params, fun=feedback.direct):
         return fun(partial(cross_entropy, labels), layers_of(params), x, weights)
 
-    value, grad = jax.jit(jax.value_and_grad(loss))(params)
-    logits = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
-    assert value == cross_entropy(labels, logits)
-    assert_close(grad, explicit(params, x, labels, weights), rtol=1e-12)
-    assert_close(jax.jit(jax.jacfwd(loss))(params), grad, rtol=1e-12)
+    @compiled
+    def everything(params):
+        logits = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
+        value, grad = jax.value_and_grad(loss)(params)
+        by_hand = cross_entropy(labels, logits), explicit(params, x, labels, weights)
+        return (value, grad), jax.jacfwd(loss)(params), by_hand
+
+    ours, forward, by_hand = everything(params)
+    assert_close(ours, by_hand, rtol=1e-12)
+    assert_close(forward, ours[1], rtol=1e-12)
     for twice in (jax.jacfwd(jax.grad(loss)), jax.jacrev(jax.jacfwd(loss))):
         with pytest.raises(TypeError, match="first derivatives only"):
-            twice(params)
+            jax.eval_shape(twice, params)
 
 
 def test_direct_feedback_with_the_kernel_above_is_backpropagation_of_two_layers():
-    x, labels = normal(KEYS[0], 8, 5), jnp.arange(8) % 3
-    params = [normal(KEYS[1], 5, 6), normal(KEYS[3], 6, 3)]
+    x, labels = drawn(0, 8, 5), np.arange(8) % 3
+    params = [drawn(1, 5, 6), drawn(3, 6, 3)]
 
     def loss(params, weights):
         return feedback.direct(partial(cross_entropy, labels), layers_of(params), x, weights)
@@ -345,7 +373,11 @@ def test_direct_feedback_with_the_kernel_above_is_backpropagation_of_two_layers(
     def exact(params):
         return cross_entropy(labels, jnp.tanh(x @ params[0]) @ params[1])
 
-    assert_close(jax.grad(loss)(params, [params[1].T]), jax.grad(exact)(params), rtol=1e-12)
+    assert_close(
+        compiled(jax.grad(loss))(params, [params[1].T]),
+        compiled(jax.grad(exact))(params),
+        rtol=1e-12,
+    )
 
 
 def test_layers_of_direct_feedback_do_not_wait_for_each_other():
@@ -355,9 +387,9 @@ def test_layers_of_direct_feedback_do_not_wait_for_each_other():
         halved = jax.lax.while_loop(lambda h: jnp.max(jnp.abs(h)) > 0.5, lambda h: h / 2, stop(h))
         return h + stop(jnp.sign(halved)) * 0.1
 
-    x, labels = normal(KEYS[0], 8, 5), jnp.arange(8) % 3
-    params = [normal(KEYS[1], 5, 6), normal(KEYS[2], 6, 6), normal(KEYS[3], 6, 3)]
-    weights = feedback.direct_weights(KEYS[4], layers_of(params), x)
+    x, labels = drawn(0, 8, 5), np.arange(8) % 3
+    params = [drawn(1, 5, 6), drawn(2, 6, 6), drawn(3, 6, 3)]
+    weights = direct_weights(4, params, x)
 
     def spiking(params):
         first, *rest = layers_of(params)
@@ -365,22 +397,22 @@ def test_layers_of_direct_feedback_do_not_wait_for_each_other():
         layers = [first, lambda h: rest[0](loop(h)), rest[1]]
         return feedback.direct(partial(cross_entropy, labels), layers, x, weights)
 
-    grad = jax.grad(spiking)(params)
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in grad)
+    grad = compiled(jax.grad(spiking))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in grad)
     # The first layer hears of the others by the error alone.
-    h = jnp.tanh(x @ params[0])
-    while jnp.max(jnp.abs(h)) > 0.5:
+    h = np.tanh(x @ params[0])
+    while np.max(np.abs(h)) > 0.5:
         h = h / 2
-    logits = jnp.tanh(h @ params[1]) @ params[2]
-    error = (jax.nn.softmax(logits) - jax.nn.one_hot(labels, 3)) / len(x)
-    first = x.T @ ((error @ weights[0]) * (1 - jnp.tanh(x @ params[0]) ** 2))
+    logits = np.tanh(h @ params[1]) @ params[2]
+    error = (scipy.special.softmax(logits, -1) - np.eye(3)[labels]) / len(x)
+    first = x.T @ ((error @ weights[0]) * (1 - np.tanh(x @ params[0]) ** 2))
     assert_close(grad[0], first, rtol=1e-12)
 
 
 def test_direct_feedback_takes_convolutions_and_flax_modules():
     conv = nnx.Conv(1, 3, (3, 3), rngs=nnx.Rngs(0))
     readout = nnx.Linear(3, 4, rngs=nnx.Rngs(1))
-    x, y = normal(KEYS[0], 2, 5, 5, 1), normal(KEYS[1], 2, 4)
+    x, y = drawn(0, 2, 5, 5, 1), drawn(1, 2, 4)
 
     def layers(modules):
         conv, readout = modules
@@ -406,13 +438,13 @@ def test_direct_feedback_takes_convolutions_and_flax_modules():
 
 
 def test_alignment_is_the_cosine_and_zero_has_none():
-    a, b = normal(KEYS[0], 4, 3), normal(KEYS[1], 4, 3)
+    a, b = drawn(0, 4, 3), drawn(1, 4, 3)
     rows = feedback.alignment({"w": a}, {"w": b}, axis=-1)["w"]
     cosine = [x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for x, y in zip(a, b, strict=True)]
     assert_close(rows, np.array(cosine))
     assert_close(feedback.alignment(a, 2 * a), 1.0)
     assert feedback.alignment(a, 0 * a) == 0
-    assert jnp.all(jnp.isfinite(jax.grad(lambda a: feedback.alignment(a, b))(0 * a)))
+    assert np.all(np.isfinite(compiled(jax.grad(lambda a: feedback.alignment(a, b)))(0 * a)))
 
 
 def test_the_recipe_spends_the_budget_and_no_more():
@@ -427,7 +459,7 @@ def test_the_recipe_spends_the_budget_and_no_more():
 
 
 def test_feedback_weights_neither_decay_nor_train():
-    params = {"layer": {"kernel": jnp.ones((2, 2)), "feedback": jnp.full((2, 2), 3.0)}}
+    params = {"layer": {"kernel": np.ones((2, 2)), "feedback": np.full((2, 2), 3.0)}}
     grads = jax.tree.map(jnp.ones_like, params)
     mask = is_trained(params)
     assert mask == {"layer": {"kernel": True, "feedback": False}}
@@ -438,14 +470,14 @@ def test_feedback_weights_neither_decay_nor_train():
 
     zero = jax.tree.map(lambda g, m: g * m, grads, mask)  # what the op gives
     by_accident = moved(optax.adamw(0.1), zero)
-    assert jnp.all(by_accident["feedback"] != 0)
+    assert np.all(by_accident["feedback"] != 0)
     masked = moved(optax.adamw(0.1, mask=is_trained), zero)
-    assert jnp.all(masked["feedback"] == 0)
+    assert np.all(masked["feedback"] == 0)
     assert_close(masked["kernel"], by_accident["kernel"])
     for optimiser in (optax.adamw(0.1), optax.noisy_sgd(0.1, key=0), optax.lamb(0.1)):
         kept = frozen(optimiser)
-        assert jnp.all(moved(kept, grads)["feedback"] == 0)
-        assert jnp.all(moved(kept, grads)["kernel"] != 0)
+        assert np.all(moved(kept, grads)["feedback"] == 0)
+        assert np.all(moved(kept, grads)["kernel"] != 0)
     moments = jax.tree.leaves(frozen(optax.adam(0.1)).init(params))
     assert sum(leaf.size for leaf in moments) == 2 * 4 + 1
 
@@ -492,14 +524,14 @@ def solved(decay, kappa, gamma=1.0, length=1.0):
 
 def test_with_decay_the_linear_network_aligns_by_the_closed_form():
     width, rate, decay, kappas = 3_000, 0.1, 0.5, (0.125, 0.25, 0.5, 1.0)
-    x, y = jnp.eye(4), jnp.array([4.0, 0.0, 0.0, 0.0])
+    x, y = np.eye(4), np.array([4.0, 0.0, 0.0, 0.0])
     schedule = decay_until_aligned(1.0, rate, decay, width)
     off = round(width**0.5 / (rate * decay))
     assert schedule(off) == decay  # the step in which the budget is reached
-    run = jax.jit(
+    run = compiled(
         partial(descend, width=width, x=x, y=y, num_steps=off + 200, rate=rate, decay=schedule)
     )
-    cosine, error, _ = run(KEYS[5])
+    cosine, error, _ = run(KEYS[9])
     for kappa in kappas:
         step = round(kappa * width**0.5 / (rate * decay))
         theory = solved(decay, kappa, length=4.0)
@@ -512,11 +544,11 @@ def test_with_decay_the_linear_network_aligns_by_the_closed_form():
 
 
 def test_without_decay_the_linear_network_s_alignment_falls_like_one_over_the_width():
-    x = jnp.eye(4)
-    y = 8 * jnp.array([1.0, 0.0, 0.0, 0.0])
+    x = np.eye(4)
+    y = 8 * np.array([1.0, 0.0, 0.0, 0.0])
     for width in (300, 3_000):
         run = partial(descend, width=width, x=x, y=y, num_steps=120, rate=0.1)
-        cosine, length, error = jax.jit(jax.vmap(run))(jax.random.split(KEYS[6], 16))
+        cosine, length, error = compiled(jax.vmap(run))(jax.random.split(KEYS[6], 16))
         gain = width * (cosine[:, -1] - cosine[:, 0])
         # e_0^T (X X^T)^-1 e_0 / 2, in steps of finite size.
         predicted = jnp.sum(error[:, 0] ** 2, -1) * (1 - 0.1) / (2 - 0.1)
@@ -524,28 +556,30 @@ def test_without_decay_the_linear_network_s_alignment_falls_like_one_over_the_wi
         standard_error = deviation.std(ddof=1) / 16**0.5
         # The formula is the leading term for e_0^2 / p small: the next is of that relative size.
         assert abs(deviation.mean()) < 4 * standard_error + predicted.mean() * 64 / width
-        assert jnp.all(length[:, -1] < 1e-4 * length[:, 0])
+        assert np.all(length[:, -1] < 1e-4 * length[:, 0])
 
 
-@pytest.mark.parametrize("psi", [jnp.tanh, jax.nn.relu], ids=["tanh", "relu"])
+@pytest.mark.parametrize(
+    "psi", [jnp.tanh, pytest.param(jax.nn.relu, marks=pytest.mark.slow)], ids=["tanh", "relu"]
+)
 def test_wide_networks_converge_at_the_rate_of_the_theorem(psi):
     num, dim, width, rate = 8, 20, 2_000, 0.1
-    x = normal(KEYS[7], num, dim) / dim**0.5
-    y = normal(KEYS[8], num)
-    w = normal(KEYS[9], 100_000, dim)
+    x = drawn(7, num, dim) / dim**0.5
+    y = drawn(8, num)
+    w = drawn(9, 100_000, dim)
     gram = psi(x @ w.T) @ psi(x @ w.T).T / len(w)
     gamma = jnp.linalg.eigvalsh(gram)[0]
-    run = jax.jit(partial(descend, width=width, x=x, y=y, num_steps=400, rate=rate, psi=psi))
+    run = compiled(partial(descend, width=width, x=x, y=y, num_steps=400, rate=rate, psi=psi))
     _, length, _ = run(KEYS[10])
-    bound = (1 - rate * gamma / 4) ** jnp.arange(400) * length[0]
-    assert jnp.all(length <= bound * (1 + 1e-12))
+    bound = (1 - rate * gamma / 4) ** np.arange(400) * length[0]
+    assert np.all(length <= bound * (1 + 1e-12))
 
 
 # ---------------------------------------------------------------------------------------
 # Hosts.
 
-CHOLESKY = jnp.linalg.inv(jnp.linalg.cholesky(jnp.array([[1.0, 0.8], [0.8, 1.5]]))).T
-SENT_BACK = CHOLESKY + jnp.array([[0.3, -0.5], [0.6, 0.2]])
+CHOLESKY = np.linalg.inv(np.linalg.cholesky(np.array([[1.0, 0.8], [0.8, 1.5]]))).T
+SENT_BACK = CHOLESKY + np.array([[0.3, -0.5], [0.6, 0.2]])
 
 
 def wrong_force(x):
@@ -565,43 +599,52 @@ def blackjax_draws(algorithm, key, num_chains=100, num_steps=500):
 
         return jax.lax.scan(step, state, jax.random.split(key_steps, num_steps))[1]
 
-    return jax.jit(jax.vmap(chain))(jax.random.split(key, num_chains))
+    run = compiled(lambda key: jax.vmap(chain)(jax.random.split(key, num_chains)))
+    return run(key)
 
 
 def assert_moments(draws):
     """Mean and second moments of chains (chains, draws, 2) within their Monte Carlo error."""
-    x, y = draws[..., 0], draws[..., 1]
-    products = jnp.stack([x, y, x**2, x * y, y**2], -1)
+    products = np.stack(
+        [
+            draws[..., 0],
+            draws[..., 1],
+            draws[..., 0] ** 2,
+            draws[..., 0] * draws[..., 1],
+            draws[..., 1] ** 2,
+        ],
+        -1,
+    )
     means = products.mean(1)
-    z = (means.mean(0) - jnp.array([0, 0, 1, 0.8, 1.5])) / (means.std(0) / len(means) ** 0.5)
-    assert jnp.all(jnp.abs(z) < 4), z
+    z = (means.mean(0) - np.array([0, 0, 1, 0.8, 1.5])) / (means.std(0) / len(means) ** 0.5)
+    assert np.all(np.abs(z) < 4), z
 
 
 def test_the_force_is_no_gradient():
-    jacobian = jax.vmap(jax.grad(wrong_force))(jnp.eye(2)).T  # it is linear
+    jacobian = compiled(jax.vmap(jax.grad(wrong_force)))(np.eye(2)).T  # it is linear
     assert_close(jacobian, -SENT_BACK @ CHOLESKY.T)
     assert abs(jacobian[0, 1] - jacobian[1, 0]) > 0.1
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        probbp.mala(wrong_force, step_size=0.3),
-        blackjax.hmc(
-            wrong_force,
-            step_size=0.35,
-            inverse_mass_matrix=jnp.ones(2),
-            num_integration_steps=5,
-        ),
-    ],
-    ids=["mala", "blackjax.hmc"],
-)
-def test_chains_with_a_wrong_force_have_the_right_moments(algorithm):
-    draws, acceptance = blackjax_draws(algorithm, KEYS[11])
+ALGORITHMS = {
+    "mala": lambda: probbp.mala(wrong_force, step_size=0.3),
+    "blackjax.hmc": lambda: blackjax.hmc(
+        wrong_force,
+        step_size=0.35,
+        inverse_mass_matrix=np.ones(2),
+        num_integration_steps=5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_chains_with_a_wrong_force_have_the_right_moments(name):
+    draws, acceptance = blackjax_draws(ALGORITHMS[name](), KEYS[11])
     assert 0.2 < acceptance.mean() < 0.99  # else the test could not tell
     assert_moments(draws)
 
 
+@pytest.mark.slow
 def test_numpyro_s_hmc_with_a_wrong_force_has_the_right_moments():
     mcmc = MCMC(
         HMC(
@@ -618,18 +661,18 @@ def test_numpyro_s_hmc_with_a_wrong_force_has_the_right_moments():
         chain_method="vectorized",
         progress_bar=False,
     )
-    start = jnp.linalg.solve(CHOLESKY.T, normal(KEYS[0], 2, 100)).T
+    start = jnp.linalg.solve(CHOLESKY.T, drawn(0, 2, 100)).T
     mcmc.run(KEYS[1], init_params=start, extra_fields=("accept_prob",))
     assert 0.2 < mcmc.get_extra_fields()["accept_prob"].mean() < 0.99
     assert_moments(mcmc.get_samples(group_by_chain=True))
 
 
 def test_a_bayesian_network_takes_an_op_for_all_its_layers_or_one_for_each():
-    x, y = normal(KEYS[0], 10, 2), normal(KEYS[1], 10)
+    x, y = drawn(0, 10, 2), drawn(1, 10)
 
     z = {}
     for i, (n, m) in enumerate(((2, 4), (4, 4), (4, 1))):
-        z |= {f"weight_{i}": normal(KEYS[2 + i], n, m), f"bias_{i}": normal(KEYS[5 + i], m)}
+        z |= {f"weight_{i}": drawn(2 + i, n, m), f"bias_{i}": drawn(5 + i, m)}
 
     def value_and_grad(**options):
         model = partial(bnn.model, widths=(4, 4), noise_scale=0.5, **options)
@@ -651,7 +694,7 @@ def test_a_bayesian_network_takes_an_op_for_all_its_layers_or_one_for_each():
     assert_close(grads["exact"], exact)
     for name in ("signs", "random"):  # the readout's gradient is exact, those below are not
         assert_close(grads[name]["weight_2"], exact["weight_2"])
-        assert not jnp.any(jnp.isclose(grads[name]["weight_0"], exact["weight_0"], rtol=1e-3))
+        assert not np.any(np.isclose(grads[name]["weight_0"], exact["weight_0"], rtol=1e-3))
     assert feedback.alignment(grads["signs"]["weight_0"], exact["weight_0"]) > 0
     with pytest.raises(ValueError, match="3 layers, but dense has 2"):
         value_and_grad(dense=of_each[:2])
@@ -664,7 +707,7 @@ def mlp(*sizes, key=0):
 
 
 def test_a_guide_learns_through_feedback_weights_beside_an_exact_model():
-    x = normal(KEYS[0], 16, 6)
+    x = drawn(0, 16, 6)
 
     def model(x):
         loading = numpyro.param("loading", jnp.full((2, 6), 0.5))
@@ -682,33 +725,38 @@ def test_a_guide_learns_through_feedback_weights_beside_an_exact_model():
 
     encoder = mlp(6, 8, 8, 4)
 
-    def value_and_grad(encoder):
-        guide = guide_of(encoder)
-        svi = SVI(model, guide, optax.adam(0.01), Trace_ELBO())
-        state = svi.init(KEYS[1], x)
-        params = svi.get_params(state)
+    def svi_of(encoder):
+        return SVI(model, guide_of(encoder), optax.adam(0.01), Trace_ELBO())
 
+    def value_and_grad(svi, params, fixed):
         def loss(params):
-            fixed = params | (state.mutable_state or {})
-            return Trace_ELBO().loss(KEYS[2], fixed, model, guide, x)
+            return Trace_ELBO().loss(KEYS[2], params | fixed, model, svi.guide, x)
 
-        return svi, jax.jit(jax.value_and_grad(loss))(params)
+        return jax.value_and_grad(loss)(params)
 
-    _, (exact, exact_grads) = value_and_grad(encoder)
-    svi, (value, grads) = value_and_grad(with_feedback(encoder, KEYS[3]))
-    losses = svi.run(KEYS[1], 100, x, progress_bar=False).losses
+    plain, ours = svi_of(encoder), svi_of(with_feedback(encoder, KEYS[3]))
+
+    @compiled
+    def everything():
+        found = []
+        for svi in (plain, ours):
+            state = svi.init(KEYS[1], x)
+            found.append(value_and_grad(svi, svi.get_params(state), state.mutable_state or {}))
+        return *found, fitted(ours, KEYS[1], 100, x)[1]
+
+    (exact, exact_grads), (value, grads), losses = everything()
     assert_close(value, exact, rtol=1e-6)
     assert_close(grads["loading"], exact_grads["loading"], rtol=1e-5, atol=1e-5)
-    ours, theirs = (ravel_pytree(g["encoder$params"])[0] for g in (grads, exact_grads))
-    same = jnp.isclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    mine, theirs = (flat(g["encoder$params"]) for g in (grads, exact_grads))
+    same = np.isclose(mine, theirs, rtol=1e-4, atol=1e-5)
     readout = 8 * 4 + 4
-    assert jnp.sum(same) >= readout
-    assert jnp.sum(~same) > 6 * 8
+    assert np.sum(same) >= readout
+    assert np.sum(~same) > 6 * 8
     assert losses[-20:].mean() < losses[:20].mean()
 
 
 def test_an_nnx_network_is_not_edited_and_its_feedback_weights_do_not_train():
-    x, y = normal(KEYS[0], 20, 3).astype("float32"), normal(KEYS[1], 20, 2).astype("float32")
+    x, y = drawn(0, 20, 3).astype("float32"), drawn(1, 20, 2).astype("float32")
     net = mlp(3, 5, 2)
     ours = with_feedback(net, KEYS[2])
     first, second = jax.tree.leaves(nnx.state(with_feedback(mlp(3, 3, 3), KEYS[2]), Feedback))
@@ -742,7 +790,7 @@ def test_an_nnx_network_is_not_edited_and_its_feedback_weights_do_not_train():
 
 
 def test_feedback_weights_of_an_nnx_network_may_learn_or_follow_the_kernel_s_signs():
-    x = normal(KEYS[0], 4, 6, 6, 1).astype("float32")
+    x = drawn(0, 4, 6, 6, 1).astype("float32")
 
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -782,12 +830,12 @@ def test_a_linen_network_is_not_edited():
             h = jnp.tanh(linen.Dense(5)(h))
             return linen.Dense(2)(h)
 
-    net, x = Net(), normal(KEYS[0], 4, 4, 4, 1).astype("float32")
+    net, x = Net(), drawn(0, 4, 4, 4, 1).astype("float32")
     params = net.init(KEYS[1], x)
     weights = linen_weights(KEYS[2], params["params"])
     assert sorted(weights) == ["Conv_0", "Dense_0", "Dense_1"]
 
-    @partial(jax.jit, static_argnums=(2, 3))
+    @partial(compiled, static_argnums=(2, 3))
     def value_and_grad(params, weights, rule, learns):
         def loss(params, weights):
             options = {"learns": learns} | ({"rule": rule} if rule else {})
@@ -796,7 +844,9 @@ def test_a_linen_network_is_not_edited():
 
         return jax.value_and_grad(loss, (0, 1))(params, weights)
 
-    value, theirs = jax.value_and_grad(lambda params: jnp.sum(net.apply(params, x) ** 2))(params)
+    value, theirs = compiled(jax.value_and_grad(lambda params: jnp.sum(net.apply(params, x) ** 2)))(
+        params
+    )
     same, (exact, _) = value_and_grad(params, weights, lambda kernel, _: kernel, False)
     assert_close(same, value, rtol=1e-6)
     assert_close(exact, theirs, rtol=1e-4, atol=1e-5)
@@ -817,25 +867,25 @@ def test_a_linen_network_is_not_edited():
     ("make", "error", "words"),
     [
         (
-            lambda: feedback.dense(jnp.ones(3), jnp.ones((3, 2)), jnp.ones((2, 3))),
+            lambda: feedback.dense(np.ones(3), np.ones((3, 2)), np.ones((2, 3))),
             ValueError,
             "the kernel's own shape, not that of its transpose",
         ),
         (
-            lambda: feedback.dense(jnp.ones(3), jnp.ones((3, 2)), jnp.ones((3, 2), int)),
+            lambda: feedback.dense(np.ones(3), np.ones((3, 2)), np.ones((3, 2), int)),
             TypeError,
             "must be floating-point numbers",
         ),
-        (lambda: feedback.normal(KEYS[0], jnp.zeros((3, 2))), ValueError, "Pass scale="),
-        (lambda: feedback.kolen_pollack(jnp.ones(3), jnp.ones(2)), ValueError, "shape"),
+        (lambda: feedback.normal(KEYS[0], np.zeros((3, 2))), ValueError, "Pass scale="),
+        (lambda: feedback.kolen_pollack(np.ones(3), np.ones(2)), ValueError, "shape"),
         (
-            lambda: feedback.direct(jnp.sum, [jnp.tanh, jnp.sin], jnp.ones((4, 3)), []),
+            lambda: feedback.direct(jnp.sum, [jnp.tanh, jnp.sin], np.ones((4, 3)), []),
             ValueError,
             "2 layers take 1 feedback weights",
         ),
         (
             lambda: feedback.direct(
-                jnp.sum, [jnp.tanh, jnp.sin], jnp.ones((4, 3)), [jnp.ones((2, 3))]
+                jnp.sum, [jnp.tanh, jnp.sin], np.ones((4, 3)), [np.ones((2, 3))]
             ),
             ValueError,
             r"feedback\[0\] has shape \(2, 3\)",

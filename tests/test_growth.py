@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from cheap import compiled, key_of, normal
 from flax import nnx
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import Trace_ELBO
@@ -20,7 +21,7 @@ from probbp.models.growth.machine import Fit, Host
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites
 
-KEY = jax.random.key(0)
+KEY = key_of(0)
 
 
 def same(a, b):
@@ -168,9 +169,9 @@ def test_the_machine_says_what_is_wrong(options, error, message):
 
 @cache
 def friedman(num):
-    x = jax.random.uniform(jax.random.key(1), (num, 5))
-    y = 10 * jnp.sin(jnp.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2
-    y = y + 10 * x[:, 3] + 5 * x[:, 4] + jax.random.normal(jax.random.key(2), (num,))
+    x = np.random.default_rng(1).uniform(size=(num, 5))
+    y = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2
+    y = y + 10 * x[:, 3] + 5 * x[:, 4] + normal(2, num)
     return 3.5 * (x - 0.5), (y - 14.4) / 4.9
 
 
@@ -185,10 +186,10 @@ def squared(params, layer, batch, rng_key):
 
 
 PARAMS = {
-    "w0": jax.random.normal(jax.random.key(3), (5, 3)) / 2,
-    "b0": jnp.zeros(3),
-    "w1": jax.random.normal(jax.random.key(4), (3, 1)) / 2,
-    "b1": jnp.zeros(1),
+    "w0": normal(3, 5, 3) / 2,
+    "b0": np.zeros(3),
+    "w1": normal(4, 3, 1) / 2,
+    "b1": np.zeros(1),
 }
 
 
@@ -207,6 +208,7 @@ def error(result, host):
     return jnp.mean((network(result.params, x, host.layer(result.dendrites)) - y) ** 2)
 
 
+@pytest.mark.slow
 def test_a_small_network_grows_what_it_lacks():
     """At most half the error of the base with as many epochs; random dendrites do not get there."""
     paper = {"acceptance": "all", "freeze": True, "perforate": True, "partial_out": False}
@@ -256,13 +258,12 @@ def test_the_same_key_grows_the_same_network_in_slots_or_without(tmp_path):
 @pytest.mark.parametrize("acceptance", ["score test", "evidence"])
 def test_neurons_get_what_they_ask_for(acceptance):
     """The first neuron of each layer errs by a branch, the second by noise."""
-    x = jax.random.normal(jax.random.key(1), (900, 2))
-    noise = jax.random.normal(jax.random.key(2), (900, 2))
-    errors = noise + jnp.stack([2 * jnp.tanh(3 * x[:, 0] - 2), jnp.zeros(900)], -1)
+    x, noise = normal(1, 900, 2), normal(2, 900, 2)
+    errors = noise + np.stack([2 * np.tanh(3 * x[:, 0] - 2), np.zeros(900)], -1)
     parts = [ops.Observation(x[rows], errors[rows]) for rows in np.split(np.arange(900), 3)]
     search = Search(optax.adam(0.05), ops.correlation, 4, 60, 1.0, jnp.tanh, True)
-    there = {"a": ops.empty(jnp.zeros((2, 2))), "b": ops.empty(jnp.zeros((2, 2)))}
-    find = jax.jit(
+    there = {"a": ops.empty(np.zeros((2, 2))), "b": ops.empty(np.zeros((2, 2)))}
+    find = compiled(
         partial(propose, search=search, acceptance=acceptance, prior_scale=1.0, level=0.01)
     )
     # The second layer has its neurons the other way round.
@@ -280,47 +281,48 @@ def test_neurons_get_what_they_ask_for(acceptance):
 
 def test_what_training_made_superfluous_is_pruned():
     """Two dendrites a neuron: those without a part in the teacher go, waiting slots stay out."""
-    x = jax.random.normal(jax.random.key(1), (400, 2))
-    kernel = jax.random.normal(jax.random.key(2), (3, 2, 2))
+    x, kernel, noise = normal(1, 400, 2), normal(2, 3, 2, 2), 0.5 * normal(0, 400, 2)
     there = ops.Dendrites(
         kernel,
-        jnp.zeros((3, 2)),
-        jnp.zeros((3, 3, 2)),
-        jnp.array([[1.0, 0.02], [-0.02, -0.8], [9, 9]]),
-        jnp.array([[1.0, 1], [1, 1], [0, 0]]),
+        np.zeros((3, 2)),
+        np.zeros((3, 3, 2)),
+        np.array([[1.0, 0.02], [-0.02, -0.8], [9, 9]]),
+        np.array([[1.0, 1], [1, 1], [0, 0]]),
     )
-    teacher = there._replace(weight=jnp.array([[1.0, 0], [0, -0.8], [0, 0]]))
-    y = ops.dense(x, kernel[0], None, teacher) + 0.5 * jax.random.normal(KEY, (400, 2))
+    teacher = there._replace(weight=np.array([[1.0, 0], [0, -0.8], [0, 0]]))
+    y = compiled(ops.dense)(x, kernel[0], None, teacher) + noise
 
     def loss(layer):
         return jnp.sum((layer("out", x, kernel[0]) - y) ** 2) / (2 * 0.25)
 
-    pruned = growth.prune(loss, {"out": there})["out"]
+    pruned = compiled(partial(growth.prune, loss))({"out": there})["out"]
     np.testing.assert_array_equal(pruned.mask, [[1, 0], [0, 1], [0, 0]])
 
 
-def test_pure_noise_asks_for_nothing():
+@pytest.mark.parametrize(
+    "acceptance", ["evidence", pytest.param("score test", marks=pytest.mark.slow)]
+)
+def test_pure_noise_asks_for_nothing(acceptance):
     x, _ = friedman(1700)
-    data = x, jax.random.normal(jax.random.key(5), (1700,))
+    data = x, normal(5, 1700)
     train, validation = ([leaf[at] for leaf in data] for at in (slice(700), slice(700, None)))
     options = {"num_steps": 50, "num_candidates": 2}
 
     def loss(params, layer, batch, rng_key):
         return jnp.mean((layer("out", batch[0], params["w"]) - batch[1][:, None]) ** 2) / 2
 
-    for acceptance in ("evidence", "score test"):
-        host = growth.from_loss(
-            loss,
-            {"w": jnp.zeros((5, 1))},
-            optax.adam(0.01),
-            train,
-            validation,
-            acceptance=acceptance,
-            level=0.01,
-            **options,
-        )
-        result = growth.grow(KEY, host, patience=5, max_epochs=30, progress_bar=False)
-        assert kinds(result) == ["kept", "nothing asked", "stopped"]
+    host = growth.from_loss(
+        loss,
+        {"w": np.zeros((5, 1))},
+        optax.adam(0.01),
+        train,
+        validation,
+        acceptance=acceptance,
+        level=0.01,
+        **options,
+    )
+    result = growth.grow(KEY, host, patience=5, max_epochs=30, progress_bar=False)
+    assert kinds(result) == ["kept", "nothing asked", "stopped"]
 
 
 @pytest.mark.parametrize(
@@ -357,9 +359,10 @@ class Convolutional(nnx.Module):
 def test_a_flax_model_grows_unedited():
     model = Convolutional(nnx.Rngs(0))
     apply, params = growth.from_nnx(model)
-    x = jax.random.normal(KEY, (40, 4, 4, 1))
-    y = jnp.sum(jnp.tanh(3 * x[:, :2, :2, 0]), (1, 2))[:, None]
-    np.testing.assert_array_equal(apply(params, ops.grown({}), x), model(x))
+    x = normal(0, 40, 4, 4, 1)
+    y = np.sum(np.tanh(3 * x[:, :2, :2, 0]), (1, 2))[:, None]
+    ours = compiled(lambda params, x: apply(params, ops.grown({}), x))(params, x)
+    np.testing.assert_allclose(ours, compiled(model)(x), rtol=1e-12, atol=1e-14)
 
     def loss(params, layer, batch, rng_key):
         return jnp.mean((apply(params, layer, batch[0]) - batch[1]) ** 2)
@@ -370,13 +373,14 @@ def test_a_flax_model_grows_unedited():
     first = host.init()
     fit = host.grow(first, host.propose(KEY, first), 0)
     assert fit.dendrites["blocks.1"].kernel.shape == (1, 3, 3, 3, 2)
-    np.testing.assert_array_equal(
-        apply(params, host.layer(fit.dendrites), x), apply(params, host.layer({}), x)
+    grown, plain = compiled(lambda p, d: [apply(p, host.layer(t), x) for t in (d, {})])(
+        params, fit.dendrites
     )
+    np.testing.assert_array_equal(grown, plain)
     trained, _ = host.epoch(KEY, fit)
-    old, new = fit.dendrites["blocks.1"], trained.dendrites["blocks.1"]
-    assert jnp.all(new.weight != 0)
-    assert jnp.any(new.kernel != old.kernel)
+    old, new = jax.device_get((fit.dendrites["blocks.1"], trained.dendrites["blocks.1"]))
+    assert np.all(new.weight != 0)
+    assert np.any(new.kernel != old.kernel)
     # Frozen dendrites have weights in the optimiser's state, and no kernels.
     frozen = make(layers=("blocks.1",), freeze=True, slots=1).init()
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(f.state)) for f in (frozen, first)]
@@ -384,7 +388,7 @@ def test_a_flax_model_grows_unedited():
     grouped = nnx.Conv(2, 2, (1, 1), feature_group_count=2, rngs=nnx.Rngs(0))
     apply, params = growth.from_nnx(grouped)
     with pytest.raises(ValueError, match="groups"):
-        apply(params, ops.grown({}), jnp.ones((1, 2, 2, 2)))
+        apply(params, ops.grown({}), np.ones((1, 2, 2, 2)))
 
 
 # ---------------------------------------------------------------------------------------
@@ -399,10 +403,10 @@ def bayesian(x, y=None, *, layer):
 
 
 def test_growth_in_svi_moves_the_elbo_as_foretold():
-    x = jax.random.normal(jax.random.key(1), (200, 2))
+    x = normal(1, 200, 2)
     # The first output has a branch; nothing is left to grow for the second.
-    y = x + jnp.stack([jnp.tanh(2 * x @ jnp.ones(2) - 1), jnp.zeros(200)], -1)
-    y = y + 0.3 * jax.random.normal(KEY, y.shape)
+    y = x + np.stack([np.tanh(2 * x @ np.ones(2) - 1), np.zeros(200)], -1)
+    y = y + 0.3 * normal(0, *y.shape)
     num_draws = 64
     host = growth.from_svi(
         KEY,
@@ -417,10 +421,10 @@ def test_growth_in_svi_moves_the_elbo_as_foretold():
         num_candidates=2,
     )
     fit, _ = host.epoch(KEY, host.init())
-    proposal = host.propose(jax.random.key(5), fit)
+    proposal = jax.device_get(host.propose(key_of(5), fit))
     np.testing.assert_array_equal(proposal.masks["out"], [True, False])
     grown = host.grow(fit, proposal, 0)
-    before, after = host.params(fit), host.params(grown)
+    before, after = jax.device_get((host.params(fit), host.params(grown)))
     # Old sites to the bit, and a new one for the accepted neuron alone.
     same({name: after[name] for name in before}, before)
     new = {name: leaf.shape for name, leaf in after.items() if name not in before}
@@ -429,7 +433,7 @@ def test_growth_in_svi_moves_the_elbo_as_foretold():
 
     # It starts at the posterior of a Gaussian model, whose curvature the drawn labels estimate.
     candidate = proposal.candidates["out"]
-    d = jnp.tanh(x @ candidate.kernel + candidate.bias)[:, 0]
+    d = np.tanh(x @ candidate.kernel + candidate.bias)[:, 0]
     precision = d @ d / 0.3**2 + 1
     np.testing.assert_allclose(scale**-2, precision, rtol=4 * (2 / (num_draws * 200)) ** 0.5)
 
@@ -438,8 +442,8 @@ def test_growth_in_svi_moves_the_elbo_as_foretold():
         error = (x @ w - y)[:, 0] / 0.3**2
         return ops.elbo_change(loc, scale, -error @ d, d @ d / 0.3**2, 1.0)
 
-    noise = jax.random.normal(jax.random.key(7), (4000, 2, 2))
-    jumps = jax.vmap(jump)(before["w_auto_loc"] + before["w_auto_scale"] * noise)
+    noise = normal(7, 4000, 2, 2)
+    jumps = compiled(jax.vmap(jump))(before["w_auto_loc"] + before["w_auto_scale"] * noise)
 
     # And measured.
     def elbo(dendrites, params):
@@ -447,8 +451,8 @@ def test_growth_in_svi_moves_the_elbo_as_foretold():
         guide = AutoNormal(model)
         seed(guide, KEY)(x, y)
         bound = Trace_ELBO(num_particles=500)
-        keys = jax.random.split(jax.random.key(6), 16)
-        return -jax.jit(jax.vmap(lambda key: bound.loss(key, params, model, guide, x, y)))(keys)
+        loss = jax.vmap(lambda rng_key: bound.loss(rng_key, params, model, guide, x, y))
+        return -compiled(lambda rng_key: loss(jax.random.split(rng_key, 16)))(key_of(6))
 
     elbos = elbo(fit.dendrites, before), elbo(grown.dendrites, after)
     errors = jumps.std() / 4000**0.5, *(each.std(ddof=1) / 4 for each in elbos)
@@ -463,15 +467,21 @@ def test_growth_in_svi_moves_the_elbo_as_foretold():
 
 
 def test_a_model_with_dendrites_is_a_numpyro_model():
-    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(9, 2), (2, 2)]))
-    candidate = Candidate(w, jnp.ones(2), jnp.zeros((0, 2)))
-    there = ops.grow(ops.empty(w), candidate, mask=jnp.array([0, 1]))
+    x, w = normal(0, 9, 2), normal(1, 2, 2)
+    candidate = Candidate(w, np.ones(2), np.zeros((0, 2)))
+    there = ops.grow(ops.empty(w), candidate, mask=np.array([0, 1]))
     grown = growth.with_dendrites(bayesian, {"out": there})
-    latents = {"w": w, "out_dendrite_0": jnp.array([3.0])}
-    sites = trace(substitute(seed(grown, KEY), latents)).get_trace(x)
-    expected = x @ w + jnp.array([0, 3]) * jnp.tanh(x @ w + 1)
-    np.testing.assert_allclose(sites["y"]["fn"].base_dist.loc, expected, rtol=0, atol=1e-12)
-    assert sites["out_dendrite_0"]["value"].shape == (1,)
+    latents = {"w": w, "out_dendrite_0": np.array([3.0])}
+
+    @compiled
+    def run():
+        sites = trace(substitute(seed(grown, KEY), latents)).get_trace(x)
+        return sites["y"]["fn"].base_dist.loc, sites["out_dendrite_0"]["value"]
+
+    loc, value = run()
+    expected = x @ w + np.array([0, 3]) * np.tanh(x @ w + 1)
+    np.testing.assert_allclose(loc, expected, rtol=0, atol=1e-12)
+    assert value.shape == (1,)
 
 
 def amortised_loss(params, layer, batch, rng_key):
@@ -492,12 +502,12 @@ def amortised_loss(params, layer, batch, rng_key):
 
 
 def test_a_guide_grows():
-    y = jax.random.normal(KEY, (300,)) ** 3 / 3
+    y = normal(0, 300) ** 3 / 3
     params = {
-        "w0": jnp.ones((1, 2)),
-        "b0": jnp.array([0.0, 1]),
-        "w1": jnp.ones((2, 2)) / 9,
-        "b1": jnp.zeros(2),
+        "w0": np.ones((1, 2)),
+        "b0": np.array([0.0, 1]),
+        "w1": np.ones((2, 2)) / 9,
+        "b1": np.zeros(2),
     }
     host = growth.from_loss(
         amortised_loss,
@@ -510,10 +520,11 @@ def test_a_guide_grows():
         num_candidates=1,
     )
     fit = host.init()
-    for key in jax.random.split(KEY, 3):
-        fit, before = host.epoch(key, fit)
+    for i in range(3):
+        fit, _ = host.epoch(key_of(i), fit)
     proposal = host.propose(KEY, fit)
     grown = host.grow(fit, proposal, 0)
     batch = y[200:]
-    same(*(amortised_loss(params, host.layer(f.dendrites), batch, KEY) for f in (fit, grown)))
+    losses = compiled(lambda *d: [amortised_loss(params, host.layer(x), batch, KEY) for x in d])
+    same(*losses(fit.dendrites, grown.dendrites))
     assert isinstance(grown.dendrites["moments"], Dendrites)

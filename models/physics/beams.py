@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from probbp.models.physics.cases import Case
 
-POINTS = jnp.linspace(0.0, 1.0, 32)
+POINTS = np.linspace(0.0, 1.0, 32)
 """Where the deflection is measured [m]."""
 
 LOAD, INERTIA = 1.0, 2e-6

@@ -4,19 +4,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from probbp.models.physics.cases import Case
 
 NUM_ELEMENTS, ELEMENT, BENDING = 16, 2.5, 2e10
 PIER, SENSOR = NUM_ELEMENTS // 2, 3
-AXLES, AXLE_LOAD, SPEED, FIBRE = jnp.array([0.0, -4.0]), 1e5, 2.1, 1.0
-WINDOW = jnp.linspace(1.0, 21.0, 64)
+AXLES, AXLE_LOAD, SPEED, FIBRE = np.array([0.0, -4.0]), 1e5, 2.1, 1.0
+WINDOW = np.linspace(1.0, 21.0, 64)
 """Times of the record, while the load crosses [s]."""
 
 # Cubic elements; the degrees of freedom of a node are its deflection and its slope times the
 # length. In units of the intact bending stiffness over the length cubed.
-_ELEMENT_MATRIX = jnp.array(
+_ELEMENT_MATRIX = np.array(
     [[12.0, 6.0, -12.0, 6.0], [6.0, 4.0, -6.0, 2.0], [-12.0, -6.0, 12.0, -6.0], [6.0, 2.0, -6.0, 4]]
 )
 

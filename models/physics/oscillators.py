@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
 from probbp.models import runge_kutta
 from probbp.models.physics.cases import Case
 
-TIMES = jnp.linspace(0.0, 9.95, 64)
+TIMES = np.linspace(0.0, 9.95, 64)
 """Of the records [s]."""
 
 
