@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tables import members
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,7 +40,10 @@ def test_an_example_runs_and_leaves_a_picture(path, tmp_path):
                 assert float(row[header.index("r_hat")]) < 1.02
 
 
-@pytest.mark.parametrize("name", MODULES)
+@members(
+    MODULES,
+    quick=[name for name in MODULES if not name.startswith(("probbp.models.", "probbp.ops."))],
+)
 def test_docstrings_run(name):
     module = importlib.import_module(name)
     results = doctest.testmod(module)

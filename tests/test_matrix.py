@@ -321,9 +321,10 @@ def with_branches():
 
 
 def physical():
-    from test_physics_vae import VAE, C, X, Y
+    from test_physics_vae import C, X, Y, usual
 
-    return Model(VAE.model, (X, C, Y), guide=VAE.guide)
+    vae = usual()
+    return Model(vae.model, (X, C, Y), guide=vae.guide)
 
 
 def diffused():
