@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = {  # what stands on two pages runs once
     code: f"{page.relative_to(ROOT)}-{number}"
-    for page in PAGES
+    for page in reversed(PAGES)  # under the name of the first
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 }
 LINKS = [
