@@ -83,6 +83,7 @@ class Report(NamedTuple):
         degree: of the surrogate.
         num_drivers: of the map.
         acceptance_rate: (4,) by kind, in the last round.
+        jump: (4,) by kind, expected squared jumps in whitened coordinates, in the last round.
         inner_acceptance_rate: of global moves on the surrogate, in the last round.
     """
 
@@ -92,6 +93,7 @@ class Report(NamedTuple):
     degree: jax.Array
     num_drivers: jax.Array
     acceptance_rate: jax.Array
+    jump: jax.Array
     inner_acceptance_rate: jax.Array
 
 
@@ -185,6 +187,7 @@ def refit(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
         degree=fitted.degree,
         num_drivers=jnp.sum(transport.is_used),
         acceptance_rate=totals.acceptance / count,
+        jump=totals.jump / count,
         inner_acceptance_rate=totals.inner[0] / count[0],
     )
     step_size = carry.parameters.step_size * jnp.where(is_first, 1, _step_factor(totals))
@@ -203,18 +206,17 @@ def refit(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
     )
 
 
-def freeze(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
-    """Fit for the last time, and give the kind that moved most what is left of the weight.
+def freeze(carry: WarmupState) -> WarmupState:
+    """Give the kind that moved most in the last round what is left of the weight.
 
     The others stay for the tails; a surrogate that is good seldom needs them.
     """
-    jump = carry.totals.jump / jnp.maximum(carry.totals.count, 1)
-    carry = refit(rng_key, carry)
+    main = jnp.argmax(carry.report.jump)
     few = jnp.full(WALK + 1, 0.05)
     more = jnp.asarray(WEIGHTS).at[0].set(0.1)
     weights = jnp.where(carry.report.held_out_std < 0.15, few, more)
-    weights = weights.at[jnp.argmax(jump)].set(0)
-    weights = weights.at[jnp.argmax(jump)].set(1 - jnp.sum(weights))
+    weights = weights.at[main].set(0)
+    weights = weights.at[main].set(1 - jnp.sum(weights))
     weights = weights.astype(carry.parameters.weights.dtype)
     return carry._replace(parameters=carry.parameters._replace(weights=weights))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from probbp.samplers.surrogate.polynomial import (
     Polynomial,
@@ -21,7 +22,11 @@ from probbp.samplers.surrogate.polynomial import (
 RIDGE = 1e-7
 NUM_ANCHORS = 1500
 ANCHOR_WEIGHT = 0.05
-CHUNK = 1000
+CHUNK = 500
+"""Points whose monomials are held at once."""
+
+FOLDS = 5
+"""One in so many is held out."""
 
 
 class Fit(NamedTuple):
@@ -37,6 +42,20 @@ class Fit(NamedTuple):
     surrogate: Polynomial
     degree: jax.Array
     held_out_std: jax.Array
+
+
+class Equations(NamedTuple):
+    """Normal equations A c = b of a weighted regression.
+
+    Attributes:
+        gram: A, (p, p).
+        moment: b, (p,).
+        total: sum of the weights.
+    """
+
+    gram: jax.Array
+    moment: jax.Array
+    total: jax.Array
 
 
 def fit(
@@ -78,43 +97,36 @@ def fit(
         none = jnp.zeros(num_monomials(dim, 0), dtype)
         return Fit(from_coefficients(none, dim, 0), jnp.zeros((), int), base_std)
 
-    key_fifth, key_anchors = jax.random.split(rng_key)
-    is_held_out = jax.random.uniform(key_fifth, (num_points,)) < 0.2
-    sums = normal_equations(whitened, target, weights, is_held_out, degree)
-    extra = anchors(key_anchors, whitened, weights, NUM_ANCHORS)
-    # The factor of the base is wrong by a constant which the fit may choose; anchors know of none.
-    anchor_sums = normal_equations(
-        extra,
-        jnp.zeros(NUM_ANCHORS, dtype),
-        jnp.full(NUM_ANCHORS, ANCHOR_WEIGHT, dtype),
-        jnp.zeros(NUM_ANCHORS, bool),
-        degree,
+    key_order, key_anchors = jax.random.split(rng_key)
+    order = jax.random.permutation(key_order, num_points)
+    whitened, target, weights, is_core = (
+        leaf[order] for leaf in (whitened, target, weights, is_core)
     )
-    seen, held_out = sums
-    seen = jax.tree.map(jnp.add, seen, anchor_sums[0])
+    seen, held_out = normal_equations(whitened, target, weights, degree)
     everything = jax.tree.map(jnp.add, seen, held_out)
+    extra = anchors(key_anchors, whitened, weights, NUM_ANCHORS)
+    zeros = jnp.zeros(NUM_ANCHORS, dtype)
+    parts = normal_equations(extra, zeros, zeros + ANCHOR_WEIGHT, degree)
+    seen, everything = (jax.tree.map(lambda *a: sum(a), e, *parts) for e in (seen, everything))
 
+    penalties = jnp.stack([ridge(dim, k, degree) for k in (2, 3, 4) if k <= degree])
+    candidates = jax.lax.map(lambda penalty: solve(seen, penalty), penalties)
+    errors = predict(whitened, candidates.T, degree) - target[:, None]
+    unseen = weights * is_core * is_held_out(num_points)
+    stds = jax.vmap(lambda e: weighted_std(e, unseen), 1)(errors)
     num_useful = jnp.sum(weights > 0.1)
-    tried = [k for k in (2, 3, 4) if k <= degree]
-    size = num_monomials(dim, degree)
-
-    def padded(equations, k):
-        solution = solve(*equations, dim, k)
-        return jnp.zeros(size, dtype).at[: solution.size].set(solution)
-
-    candidates = [padded(seen, k) for k in tried]
-    errors = predict(whitened, jnp.stack(candidates, axis=1), degree) - target[:, None]
-    stds = jax.vmap(lambda e: weighted_std(e, weights * is_core * is_held_out), 1)(errors)
-    is_feasible = jnp.array([num_monomials(dim, k) for k in tried]) < 0.7 * num_useful
-    stds = jnp.where(is_feasible & jnp.isfinite(stds), stds, jnp.inf)
-    stds = jnp.concatenate([base_std[None], stds])
-    # A base without error, a Gaussian target, leaves nothing but rounding to fit.
-    stds = stds.at[1:].add(jnp.where(base_std < 1e-6, jnp.inf, 0))
+    is_feasible = jnp.sum(jnp.isfinite(penalties), axis=1) < 0.7 * num_useful
+    # A base without error, of a Gaussian target, leaves nothing but rounding to fit.
+    is_feasible = is_feasible & jnp.isfinite(stds) & (base_std > 1e-6)
+    stds = jnp.where(is_feasible, stds, jnp.inf)
     best = jnp.argmin(stds)
-    branches = [lambda: jnp.zeros(size, dtype), *(lambda k=k: padded(everything, k) for k in tried)]
-    coefficients = jax.lax.switch(best, branches)
-    chosen = jnp.array([0, *tried])[best]
-    return Fit(from_coefficients(coefficients, dim, degree), chosen, stds[best])
+    is_better = stds[best] < base_std
+    coefficients = jnp.where(is_better, solve(everything, penalties[best]), 0)
+    return Fit(
+        from_coefficients(coefficients, dim, degree),
+        jnp.where(is_better, 2 + best, 0),
+        jnp.minimum(stds[best], base_std),
+    )
 
 
 def affordable_degree(dim: int, num_points: int) -> int:
@@ -160,29 +172,36 @@ def normal_equations(
     whitened: jax.Array,
     target: jax.Array,
     weights: jax.Array,
-    is_held_out: jax.Array,
     degree: int,
     squashed: bool = True,
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Return (A, b, total weight) of the points seen and of those held out, chunk by chunk."""
+) -> tuple[Equations, Equations]:
+    """Return the equations of the points that are seen, and of those held out.
+
+    A fifth of the chunks is held out, `is_held_out`; the order of the points decides which.
+    """
     size = num_monomials(whitened.shape[1], degree)
     dtype = whitened.dtype
 
-    def body(carry, chunk):
-        z, t, w, held = chunk
+    def body(carry, inputs):
+        i, (z, t, w) = inputs
         features = monomials(squash(z) if squashed else z, degree)
+        weighted = features * w[:, None]
+        new = Equations(weighted.T @ features, weighted.T @ t, jnp.sum(w))
+        group = jnp.where(i % FOLDS == 0, 1, 0)
+        return jax.tree.map(lambda sums, n: sums.at[group].add(n), carry, new), None
 
-        def add(sums, w):
-            gram, moment, total = sums
-            weighted = features * w[:, None]
-            return gram + weighted.T @ features, moment + weighted.T @ t, total + jnp.sum(w)
+    zero = Equations(
+        jnp.zeros((2, size, size), dtype), jnp.zeros((2, size), dtype), jnp.zeros(2, dtype)
+    )
+    chunks = _chunks((whitened, target, weights))
+    sums, _ = jax.lax.scan(body, zero, (jnp.arange(len(chunks[1])), chunks))
+    seen, held_out = (jax.tree.map(lambda leaf, g=g: leaf[g], sums) for g in (0, 1))
+    return seen, held_out
 
-        seen, held_out = carry
-        return (add(seen, jnp.where(held, 0, w)), add(held_out, jnp.where(held, w, 0))), None
 
-    zero = jnp.zeros((size, size), dtype), jnp.zeros(size, dtype), jnp.zeros((), dtype)
-    chunks = _chunks((whitened, target, weights, is_held_out))
-    return jax.lax.scan(body, (zero, zero), chunks)[0]
+def is_held_out(num_points: int) -> jax.Array:
+    """Say which points `normal_equations` holds out."""
+    return jnp.arange(num_points) // CHUNK % FOLDS == 0
 
 
 def predict(whitened: jax.Array, coefficients: jax.Array, degree: int) -> jax.Array:
@@ -191,20 +210,26 @@ def predict(whitened: jax.Array, coefficients: jax.Array, degree: int) -> jax.Ar
     return values.reshape(-1, coefficients.shape[1])[: len(whitened)]
 
 
-def solve(gram: jax.Array, moment: jax.Array, total: jax.Array, dim: int, degree: int) -> jax.Array:
-    """Solve the ridge regression of a degree; its monomials are the first of the equations'."""
-    size = num_monomials(dim, degree)
-    gram, moment = gram[:size, :size], moment[:size]
-    ridge = [RIDGE] * num_monomials(dim, min(degree, 2))
-    for k in range(3, degree + 1):
-        ridge += [RIDGE * 10.0 ** (k - 2)] * (num_monomials(dim, k) - len(ridge))
+def ridge(dim: int, degree: int, largest: int) -> jax.Array:
+    """Return the penalty of each monomial up to the largest degree; infinite beyond `degree`."""
+    penalty = np.full(num_monomials(dim, largest), np.inf)
+    for k in range(degree, -1, -1):
+        penalty[: num_monomials(dim, k)] = RIDGE * 10.0 ** max(0, k - 2)
+    return jnp.asarray(penalty)
+
+
+def solve(equations: Equations, penalty: jax.Array) -> jax.Array:
+    """Solve the ridge regression; a monomial whose penalty is infinite takes no part."""
+    gram, moment, total = equations
+    is_used = jnp.isfinite(penalty)
     # Columns of unit length, so that rounding does not drown the small ones.
     scale = jnp.sqrt(jnp.diag(gram) + jnp.finfo(gram.dtype).tiny)
-    penalty = jnp.asarray(ridge, gram.dtype) * total / scale**2
-    penalty = jnp.maximum(penalty, size * jnp.finfo(gram.dtype).eps)
-    scaled = gram / (scale[:, None] * scale) + jnp.diag(penalty)
+    penalty = jnp.where(is_used, penalty * total / scale**2, 1)
+    penalty = jnp.maximum(penalty, len(gram) * jnp.finfo(gram.dtype).eps).astype(gram.dtype)
+    is_joint = is_used[:, None] & is_used
+    scaled = jnp.where(is_joint, gram / (scale[:, None] * scale), 0) + jnp.diag(penalty)
     factor = jax.scipy.linalg.cho_factor(scaled)
-    return jax.scipy.linalg.cho_solve(factor, moment / scale) / scale
+    return jax.scipy.linalg.cho_solve(factor, jnp.where(is_used, moment / scale, 0)) / scale
 
 
 def curvature(
@@ -235,9 +260,9 @@ def curvature(
     centered = jnp.where(weights > 0, logdensity, 0)
     centered = centered - weighted_mean(centered, weights)
     whitened = jnp.where(weights[:, None] > 0, whitened, 0)
-    nobody = jnp.zeros(len(points), bool)
-    equations, _ = normal_equations(whitened, centered, weights, nobody, 2, squashed=False)
-    fitted = from_coefficients(solve(*equations, dim, 2), dim, 2)
+    parts = normal_equations(whitened, centered, weights, 2, squashed=False)
+    equations = jax.tree.map(jnp.add, *parts)
+    fitted = from_coefficients(solve(equations, ridge(dim, 2, 2)), dim, 2)
     precision = -2 * fitted.quadratic
     curvatures, directions = jnp.linalg.eigh(precision)
     covariance = (directions / jnp.maximum(curvatures, 0.05)) @ directions.T

@@ -79,7 +79,7 @@ def stages(num_steps: int) -> list[Stage]:
         while length > 0:
             out.append(Stage("walk" if is_walk else "round", min(length, STRETCH)))
             length -= STRETCH
-    return [*out, Stage("freeze", 0)]
+    return [*out, Stage("refit", 0), Stage("freeze", 0)]
 
 
 def init(logdensity_fn: LogDensity, starts: Tree, num_steps: int) -> WarmupState:
@@ -106,9 +106,8 @@ def init(logdensity_fn: LogDensity, starts: Tree, num_steps: int) -> WarmupState
     )
     zero = jnp.zeros((), int)
     nan = jnp.full((), jnp.nan, dtype)
-    report = Report(
-        jnp.asarray(num_chains), zero, nan, zero, zero, jnp.full(WALK + 1, jnp.nan, dtype), nan
-    )
+    unknown = jnp.full(WALK + 1, jnp.nan, dtype)
+    report = Report(jnp.asarray(num_chains), zero, nan, zero, zero, unknown, unknown, nan)
     return WarmupState(
         states,
         parameters,
@@ -141,9 +140,10 @@ def run_stage(
         return _round(rng_key, logdensity_fn, carry, stage.num_steps)
     if stage.kind == "rescale":
         return rescale(relocate(rng_key, carry))
+    if stage.kind == "freeze":
+        return freeze(carry)
     key_relocate, key_fit = jax.random.split(rng_key)
-    carry = relocate(key_relocate, carry)
-    return (freeze if stage.kind == "freeze" else refit)(key_fit, carry)
+    return refit(key_fit, relocate(key_relocate, carry))
 
 
 def adapt(
