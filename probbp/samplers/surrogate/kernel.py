@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
-from probbp.samplers.surrogate.inner import inner_transitions, point_at, surrogate_logdensity
+from probbp.samplers.surrogate.inner import Point, inner_transitions, point_at, surrogate_logdensity
 from probbp.samplers.surrogate.polynomial import value_and_grad
 from probbp.samplers.surrogate.transport import forward, inverse
 from probbp.types import LogDensity, Tree
@@ -142,10 +142,10 @@ def build_kernel() -> Callable:
         num_inner_steps: int = 4,
     ) -> tuple[SurrogateState, SurrogateInfo]:
         dtype = state.whitened.dtype
-        transport, surrogate, weights = _as_floats(dtype, (transport, surrogate, weights))
+        transport, surrogate = _as_floats(dtype, (transport, surrogate))
         key_kind, key_size, key_inner, key_walk, key_accept = jax.random.split(rng_key, 5)
 
-        kind = jax.random.categorical(key_kind, jnp.log(weights))
+        kind = jax.random.categorical(key_kind, jnp.log(jnp.asarray(weights, dtype)))
         jitter = jax.random.uniform(key_size, (), dtype, 0.7, 1.0)
         factors = jnp.asarray((*SCALES, 1.0), dtype)
         inner_step_size = jnp.asarray(step_size, dtype) * factors[kind] * jitter
@@ -161,11 +161,7 @@ def build_kernel() -> Callable:
         proposal = evaluate(logdensity_fn, transport, state.position, there.whitened)
         log_weight = log_density(state) - surrogate_logdensity(here)
         proposal_log_weight = log_density(proposal) - surrogate_logdensity(there)
-        ratio = jnp.where(
-            kind == WALK,
-            walk_log_ratio(state, proposal),
-            surrogate_log_ratio(log_weight, proposal_log_weight),
-        )
+        ratio = log_ratio(kind, state, proposal, here, there)
         is_divergent = jnp.isnan(ratio) | jnp.isposinf(proposal.logdensity)
         ratio = jnp.where(is_divergent, -jnp.inf, ratio)
         new, (is_accepted, acceptance_rate, _) = static_binomial_sampling(
@@ -272,14 +268,16 @@ def evaluate(
     return SurrogateState(position, logdensity_fn(position), whitened, log_det)
 
 
-def walk_log_ratio(state: SurrogateState, proposal: SurrogateState) -> jax.Array:
-    """Return the log ratio of a symmetric proposal."""
-    return log_density(proposal) - log_density(state)
+def log_ratio(
+    kind: jax.Array, state: SurrogateState, proposal: SurrogateState, here: Point, there: Point
+) -> jax.Array:
+    """Return the log ratio of the Metropolis test.
 
-
-def surrogate_log_ratio(log_weight: jax.Array, proposal_log_weight: jax.Array) -> jax.Array:
-    """Return the log ratio of a proposal that is reversible for the surrogate."""
-    return proposal_log_weight - log_weight
+    A walk is symmetric; the other moves are reversible with respect to the surrogate, whose ratio
+    is therefore taken out.
+    """
+    change = surrogate_logdensity(there) - surrogate_logdensity(here)
+    return log_density(proposal) - log_density(state) - jnp.where(kind == WALK, 0, change)
 
 
 def random_walk(rng_key: jax.Array, whitened: jax.Array) -> jax.Array:

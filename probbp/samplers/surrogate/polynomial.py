@@ -5,7 +5,7 @@ r"""The surrogate: a standard Gaussian, corrected by a polynomial of squashed co
 The polynomial is bounded, so that :math:`e^{g}` is a proper density with Gaussian tails.
 """
 
-from itertools import combinations_with_replacement, permutations
+from itertools import combinations_with_replacement
 from math import comb
 from typing import NamedTuple
 
@@ -17,22 +17,22 @@ SQUASH = 4.0
 """Where squashing sets in, in standard deviations."""
 
 
+MAX_ENTRIES = 10_000
+"""Of the largest tensor of coefficients."""
+
+MAX_DEGREE = 6
+MAX_MONOMIALS = 1001
+"""Of degree three and more: a fit solves as many equations."""
+
+
 class Polynomial(NamedTuple):
-    """Symmetric coefficients, degree by degree.
+    """The coefficients of a polynomial of d variables.
 
     Attributes:
-        constant: ().
-        linear: (d,).
-        quadratic: (d, d), or None where the degree is lower; the same for the others.
-        cubic: (d, d, d).
-        quartic: (d, d, d, d).
+        tensors: one symmetric tensor for each degree from 0 on, with as many axes of length d.
     """
 
-    constant: jax.Array
-    linear: jax.Array
-    quadratic: jax.Array | None
-    cubic: jax.Array | None
-    quartic: jax.Array | None
+    tensors: tuple[jax.Array, ...]
 
 
 def value_and_grad(
@@ -40,7 +40,7 @@ def value_and_grad(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the remainder g(z) + |z|^2 / 2 and its gradient with respect to z.
 
-    Exact. Each tensor of coefficients is read once for both.
+    Exact. Each tensor is read once for both: all but one of its axes are contracted with s.
 
     Args:
         surrogate: the coefficients; `None` is no remainder.
@@ -49,19 +49,13 @@ def value_and_grad(
     if surrogate is None:
         return jnp.zeros((), whitened.dtype), jnp.zeros_like(whitened)
     s = squash(whitened)
-    value = surrogate.constant + surrogate.linear @ s
-    grad = surrogate.linear
-    for degree, tensor in enumerate(surrogate[2:], start=2):
-        if tensor is None:
-            continue
-        # Contract all but one index, two at a time where there are as many.
-        if degree == 4:
-            tensor = tensor.reshape(s.size, s.size, -1) @ jnp.outer(s, s).ravel()
-        elif degree == 3:
-            tensor = tensor @ s
-        contracted = tensor @ s
-        value = value + s @ contracted
+    constant, *others = surrogate.tensors
+    value, grad, powers = constant, jnp.zeros_like(s), jnp.ones(1, s.dtype)
+    for degree, tensor in enumerate(others, start=1):
+        contracted = tensor.reshape(s.size, -1) @ powers
+        value = value + contracted @ s
         grad = grad + degree * contracted
+        powers = jnp.outer(powers, s).ravel()
     return value, grad * (1 - (s / SQUASH) ** 2)
 
 
@@ -71,9 +65,10 @@ def squash(whitened: jax.Array) -> jax.Array:
 
 
 def largest_degree(dim: int) -> int:
-    """Return the degree whose coefficients a warm-up can pay for."""
-    for degree, limit in ((4, 10), (3, 16), (2, 100)):
-        if dim <= limit:
+    """Return the degree that a step and a fit can pay for: 6 up to d = 4, 4 at 10, 2 at 100."""
+    for degree in range(MAX_DEGREE, 1, -1):
+        is_small = degree == 2 or num_monomials(dim, degree) <= MAX_MONOMIALS
+        if dim**degree <= MAX_ENTRIES and is_small:
             return degree
     return 0
 
@@ -97,18 +92,14 @@ def monomials(s: jax.Array, degree: int) -> jax.Array:
 
 def from_coefficients(coefficients: jax.Array, dim: int, degree: int) -> Polynomial:
     """Write the coefficients of `monomials` as symmetric tensors."""
-    tensors: list[jax.Array | None] = [None] * 5
-    start = 0
-    for k in range(degree + 1):
-        index = list(combinations_with_replacement(range(dim), k))
-        where = np.zeros((dim,) * k, int)
-        share = np.ones((dim,) * k)
-        for position, i in enumerate(index):
-            orders = set(permutations(i))
-            for order in orders:
-                where[order], share[order] = start + position, 1 / len(orders)
-        tensors[k] = coefficients[where] * share.astype(coefficients.dtype)
-        start += len(index)
-    if tensors[1] is None:
-        tensors[1] = jnp.zeros(dim, coefficients.dtype)
-    return Polynomial(*tensors)  # pyright: ignore[reportArgumentType]
+    tensors, start = [coefficients[0]], 1
+    for k in range(1, degree + 1):
+        entries = np.indices((dim,) * k).reshape(k, -1).T
+        # Sorted rows in lexicographic order are the monomials in theirs.
+        names, where, counts = np.unique(
+            np.sort(entries, axis=1), axis=0, return_inverse=True, return_counts=True
+        )
+        where = where.reshape((dim,) * k)
+        tensors.append(coefficients[start + where] / counts.astype(coefficients.dtype)[where])
+        start += len(names)
+    return Polynomial(tuple(tensors))

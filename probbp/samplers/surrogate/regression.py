@@ -109,7 +109,7 @@ def fit(
     parts = normal_equations(extra, zeros, zeros + ANCHOR_WEIGHT, degree)
     seen, everything = (jax.tree.map(lambda *a: sum(a), e, *parts) for e in (seen, everything))
 
-    penalties = jnp.stack([ridge(dim, k, degree) for k in (2, 3, 4) if k <= degree])
+    penalties = jnp.stack([ridge(dim, k, degree) for k in range(2, degree + 1)])
     candidates = jax.lax.map(lambda penalty: solve(seen, penalty), penalties)
     errors = predict(whitened, candidates.T, degree) - target[:, None]
     unseen = weights * is_core * is_held_out(num_points)
@@ -263,14 +263,15 @@ def curvature(
     parts = normal_equations(whitened, centered, weights, 2, squashed=False)
     equations = jax.tree.map(jnp.add, *parts)
     fitted = from_coefficients(solve(equations, ridge(dim, 2, 2)), dim, 2)
-    precision = -2 * fitted.quadratic
+    _, slope, quadratic = fitted.tensors
+    precision = -2 * quadratic
     curvatures, directions = jnp.linalg.eigh(precision)
     covariance = (directions / jnp.maximum(curvatures, 0.05)) @ directions.T
     is_peak = (jnp.sum(weights > 0.1) >= 1.5 * size) & (curvatures[0] > 0.05)
     better = jnp.linalg.cholesky(factor @ covariance @ factor.T)
     is_peak = is_peak & jnp.all(jnp.isfinite(better))
     return (
-        jnp.where(is_peak, loc + factor @ (covariance @ fitted.linear), loc).astype(dtype),
+        jnp.where(is_peak, loc + factor @ (covariance @ slope), loc).astype(dtype),
         jnp.where(is_peak, better, factor).astype(dtype),
     )
 
