@@ -64,6 +64,7 @@ def fit(
     logdensity: jax.Array,
     core: jax.Array,
     degree: int | None = None,
+    anchor_weight: float = ANCHOR_WEIGHT,
 ) -> Fit:
     """Fit a polynomial by weighted ridge regression, of the degree that predicts best.
 
@@ -82,6 +83,7 @@ def fit(
         logdensity: l there, (n,); a point where it is not finite has no weight.
         core: the log density above which points count in full; below, the weight decays.
         degree: the largest to try; by default what d and n allow.
+        anchor_weight: of each anchor; without anchors a polynomial is recovered exactly.
     """
     num_points, dim = whitened.shape
     dtype = whitened.dtype
@@ -106,7 +108,7 @@ def fit(
     everything = jax.tree.map(jnp.add, seen, held_out)
     extra = anchors(key_anchors, whitened, weights, NUM_ANCHORS)
     zeros = jnp.zeros(NUM_ANCHORS, dtype)
-    parts = normal_equations(extra, zeros, zeros + ANCHOR_WEIGHT, degree)
+    parts = normal_equations(extra, zeros, zeros + anchor_weight, degree)
     seen, everything = (jax.tree.map(lambda *a: sum(a), e, *parts) for e in (seen, everything))
 
     penalties = jnp.stack([ridge(dim, k, degree) for k in range(2, degree + 1)])
@@ -223,9 +225,10 @@ def solve(equations: Equations, penalty: jax.Array) -> jax.Array:
     gram, moment, total = equations
     is_used = jnp.isfinite(penalty)
     # Columns of unit length, so that rounding does not drown the small ones.
-    scale = jnp.sqrt(jnp.diag(gram) + jnp.finfo(gram.dtype).tiny)
+    scale = jnp.sqrt(jnp.diag(gram) + float(jnp.finfo(gram.dtype).tiny))
     penalty = jnp.where(is_used, penalty * total / scale**2, 1)
-    penalty = jnp.maximum(penalty, len(gram) * jnp.finfo(gram.dtype).eps).astype(gram.dtype)
+    floor = len(gram) * float(jnp.finfo(gram.dtype).eps)
+    penalty = jnp.maximum(penalty, floor).astype(gram.dtype)
     is_joint = is_used[:, None] & is_used
     scaled = jnp.where(is_joint, gram / (scale[:, None] * scale), 0) + jnp.diag(penalty)
     factor = jax.scipy.linalg.cho_factor(scaled)

@@ -324,7 +324,7 @@ def _no_marginals(dim, dtype):
 
 
 def _log_cosh(t):
-    return jnp.logaddexp(t, -t) - np.log(2)
+    return jnp.logaddexp(t, -t) - float(np.log(2))
 
 
 def _moments(y, is_driver):
@@ -334,7 +334,7 @@ def _moments(y, is_driver):
     covariance = jnp.where(is_driver[:, None] == is_driver, covariance, 0)
     jitter = 1e-10 if y.dtype == jnp.float64 else 1e-6
     size = jnp.mean(jnp.diag(covariance))
-    return mean, jnp.linalg.cholesky(covariance + jitter * size * jnp.eye(len(mean)))
+    return mean, jnp.linalg.cholesky(covariance + jitter * size * jnp.eye(len(mean), dtype=y.dtype))
 
 
 def _inverse(factor):
@@ -352,4 +352,4 @@ def _solve(gram, target):
 
 
 def _tiny(dtype):
-    return jnp.finfo(dtype).tiny ** 0.5
+    return float(jnp.finfo(dtype).tiny) ** 0.5

@@ -35,11 +35,8 @@ from probbp.samplers.surrogate.learning import (
 from probbp.samplers.surrogate.polynomial import from_coefficients, num_monomials
 from probbp.types import LogDensity, Tree
 
-WALKS, ROUNDS = (100, 200, 400, 800), (200, 400, 800)
-"""Steps of a chain between fits, in proportion."""
-
-STRETCH = 100
-"""Longest stage."""
+WALKS, ROUNDS = (1, 2, 4, 8), (2, 4, 8)
+"""Stretches between fits; all are of the same length, so that few programs are compiled."""
 
 MAX_POINTS = 9000
 """Points that the surrogate is fitted to, the latest."""
@@ -60,26 +57,22 @@ class Stage(NamedTuple):
 
 
 def stages(num_steps: int) -> list[Stage]:
-    """Return the stages of a warm-up of `num_steps` steps per chain, each of `STRETCH` at most.
+    """Return the stages of a warm-up of `num_steps` steps per chain.
 
-    Half of the steps are random walks, half are rounds; both double in length. Fewer than some
-    500 steps per chain are too few for one chain, and enough for many.
+    Half of the steps are random walks, half are rounds; between fits both double in length. Steps
+    come in stretches of a 29th of them all. Some thousands of steps of all chains together are
+    needed for a surrogate of degree four in ten dimensions.
     """
-    whole = sum(WALKS) + sum(ROUNDS)
-    marks = [0]
-    for length in (*WALKS, *ROUNDS):
-        marks.append(marks[-1] + length)
-    marks = [round(mark * num_steps / whole) for mark in marks]
+    length, rest = divmod(num_steps, sum(WALKS) + sum(ROUNDS))
     out = []
-    for i in range(len(marks) - 1):
-        is_walk = i < len(WALKS)
-        if i:
-            out.append(Stage("rescale" if is_walk else "refit", 0))
-        length = marks[i + 1] - marks[i]
-        while length > 0:
-            out.append(Stage("walk" if is_walk else "round", min(length, STRETCH)))
-            length -= STRETCH
-    return [*out, Stage("refit", 0), Stage("freeze", 0)]
+    for count in WALKS:
+        out += [*[Stage("walk", length)] * count, Stage("rescale", 0)]
+    out[-1] = Stage("refit", 0)
+    for count in ROUNDS:
+        out += [*[Stage("round", length)] * count, Stage("refit", 0)]
+    if rest:
+        out.insert(-1, Stage("round", rest))
+    return [stage for stage in (*out, Stage("freeze", 0)) if stage.num_steps or _learns(stage)]
 
 
 def init(logdensity_fn: LogDensity, starts: Tree, num_steps: int) -> WarmupState:
@@ -238,6 +231,10 @@ def _round(rng_key, logdensity_fn, carry, num_steps):
     keys = jax.random.split(rng_key, num_steps)
     (states, totals), seen = jax.lax.scan(body, (carry.states, carry.totals), keys)
     return _advance(carry, states, seen, num_steps)._replace(totals=totals)
+
+
+def _learns(stage):
+    return stage.kind not in ("walk", "round")
 
 
 def _advance(carry, states, seen, num_steps):
