@@ -72,7 +72,8 @@ def inner_transition(
     momentum = jax.random.normal(key_momentum, point.whitened.shape, point.whitened.dtype)
 
     def body(carry, _):
-        return leapfrog(predict, *carry, step_size), None
+        point, momentum = carry
+        return leapfrog(predict, point, momentum, step_size), None
 
     (end, last), _ = jax.lax.scan(body, (point, momentum), length=num_steps)
     return accept_inner(key_accept, energy(point, momentum) - energy(end, last), point, end)

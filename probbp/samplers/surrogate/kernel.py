@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from blackjax.mcmc.proposal import static_binomial_sampling
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
@@ -304,7 +305,7 @@ def _check_weights(weights: Any) -> None:
             f"weights must be {WALK + 1} probabilities (global, two local moves, random walk), got "
             f"shape {shape}."
         )
-    if isinstance(weights, jax.core.Tracer):
+    if isinstance(weights, Tracer):
         return
     values = np.asarray(weights, float)
     if not (np.all(values >= 0) and np.isclose(values.sum(), 1, atol=1e-4)):

@@ -21,6 +21,9 @@ MAX_DRAWS = 3000
 MAX_MAP_DIM = 20
 """Above it the map is affine."""
 
+TINY = 1e-10
+"""Added to variances, so that chains which have not moved yet have a factor."""
+
 SMALLEST_STEP_SIZE, LARGEST_STEP_SIZE = 0.02, 0.45
 
 
@@ -159,7 +162,7 @@ def rescale(carry: WarmupState) -> WarmupState:
     diagonal = jnp.diag(jnp.diag(covariance))
     shrunk = (num * covariance + dim * diagonal / 2) / (num + dim)
     return carry._replace(
-        walk_factor=jnp.linalg.cholesky(shrunk + 1e-10 * jnp.eye(dim, dtype=dtype)),
+        walk_factor=jnp.linalg.cholesky(shrunk + TINY * jnp.eye(dim, dtype=dtype)),
         log_walk_scale=first_walk_scale(dim, dtype),
         num_since=jnp.zeros((), int),
     )
@@ -236,8 +239,9 @@ def fit_transport(
     if dim <= MAX_MAP_DIM:
         return fit(draws)
     covariance = covariance_of(draws)
-    jitter = jnp.eye(dim, dtype=draws.dtype) * 1e-6 * jnp.mean(jnp.diag(covariance))
-    loc, factor = jnp.mean(draws, axis=0), jnp.linalg.cholesky(covariance + jitter)
+    # Shrunk, as the draws of a walk may leave out directions.
+    shrunk = 0.9 * covariance + 0.1 * jnp.diag(jnp.diag(covariance) + TINY)
+    loc, factor = jnp.mean(draws, axis=0), jnp.linalg.cholesky(shrunk)
     core = jnp.nanquantile(draw_logdensity, 0.02)
     return affine(*regression.curvature(loc, factor, points, point_logdensity, core))
 

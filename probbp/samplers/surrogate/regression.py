@@ -25,6 +25,9 @@ ANCHOR_WEIGHT = 0.05
 CHUNK = 500
 """Points whose monomials are held at once."""
 
+MIN_CURVATURE = 1e-4
+"""Of a peak, relative to that of the location and factor which a regression starts from."""
+
 FOLDS = 5
 """One in so many is held out."""
 
@@ -269,8 +272,8 @@ def curvature(
     _, slope, quadratic = fitted.tensors
     precision = -2 * quadratic
     curvatures, directions = jnp.linalg.eigh(precision)
-    covariance = (directions / jnp.maximum(curvatures, 0.05)) @ directions.T
-    is_peak = (jnp.sum(weights > 0.1) >= 1.5 * size) & (curvatures[0] > 0.05)
+    covariance = (directions / jnp.maximum(curvatures, MIN_CURVATURE)) @ directions.T
+    is_peak = (jnp.sum(weights > 0.1) >= 1.5 * size) & (curvatures[0] > MIN_CURVATURE)
     better = jnp.linalg.cholesky(factor @ covariance @ factor.T)
     is_peak = is_peak & jnp.all(jnp.isfinite(better))
     return (
