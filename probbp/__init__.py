@@ -12,6 +12,7 @@ from probbp.samplers.fmala import fmala, pc_fmala
 from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
 from probbp.samplers.mala import mala
 from probbp.samplers.scan import checkpointed_scan
+from probbp.samplers.surrogate.kernel import surrogate
 
 __version__ = version("probbp")
 
@@ -24,5 +25,6 @@ __all__ = [
     "pc_fmala",
     "pc_line_fmala",
     "sample",
+    "surrogate",
     "warmup",
 ]

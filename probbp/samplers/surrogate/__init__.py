@@ -1,0 +1,1 @@
+"""The learned surrogate transition: one log density per draw, and no gradient."""

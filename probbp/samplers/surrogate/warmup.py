@@ -1,0 +1,267 @@
+r"""Warm-up of the surrogate transition: from values of the log density alone, all chains at once.
+
+First an adaptive random walk finds the posterior. Then, in rounds, the map is fitted to the chains'
+states, the surrogate to every value of the log density so far, and both are used to sample on.
+After the last round all of it is frozen. Every chain learns from every other.
+
+A host loop drives it: `run_stage` over `stages(num_steps)`, each of which is short; what it carries
+is one pytree of fixed shapes.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from probbp.samplers.surrogate import regression
+from probbp.samplers.surrogate.kernel import WALK, SurrogateState, build_kernel, whiten
+from probbp.samplers.surrogate.learning import (
+    LARGEST_STEP_SIZE,
+    History,
+    Parameters,
+    Report,
+    Totals,
+    WarmupState,
+    first_walk_scale,
+    fit_transport,
+    freeze,
+    no_totals,
+    refit,
+    relocate,
+    rescale,
+)
+from probbp.samplers.surrogate.polynomial import from_coefficients, num_monomials
+from probbp.types import LogDensity, Tree
+
+WALKS, ROUNDS = (1, 2, 4, 8), (2, 4, 8)
+"""Stretches between fits; all are of the same length, so that few programs are compiled."""
+
+MAX_POINTS = 9000
+"""Points that the surrogate is fitted to, the latest."""
+
+ROUND_WEIGHTS = (0.5, 0.15, 0.15, 0.2)
+
+
+class Stage(NamedTuple):
+    """A piece of warm-up.
+
+    Attributes:
+        kind: "walk" and "round" take steps; "rescale", "refit" and "freeze" learn.
+        num_steps: of each chain; zero where it learns.
+    """
+
+    kind: str
+    num_steps: int
+
+
+def stages(num_steps: int) -> list[Stage]:
+    """Return the stages of a warm-up of `num_steps` steps per chain.
+
+    Half of the steps are random walks, half are rounds; between fits both double in length. Steps
+    come in stretches of a 29th of them all. Some thousands of steps of all chains together are
+    needed for a surrogate of degree four in ten dimensions.
+    """
+    length, rest = divmod(num_steps, sum(WALKS) + sum(ROUNDS))
+    out = []
+    for count in WALKS:
+        out += [*[Stage("walk", length)] * count, Stage("rescale", 0)]
+    out[-1] = Stage("refit", 0)
+    for count in ROUNDS:
+        out += [*[Stage("round", length)] * count, Stage("refit", 0)]
+    if rest:
+        out.insert(-1, Stage("round", rest))
+    return [stage for stage in (*out, Stage("freeze", 0)) if stage.num_steps or _learns(stage)]
+
+
+def init(logdensity_fn: LogDensity, starts: Tree, num_steps: int) -> WarmupState:
+    """Return the state at the start.
+
+    Args:
+        logdensity_fn: log density up to a constant.
+        starts: positions of the chains, a pytree with the chains as leading axis.
+        num_steps: of each chain; the history holds as many as the fits use.
+    """
+    logdensity = jax.vmap(logdensity_fn)(starts)
+    states = jax.vmap(partial(whiten, None))(starts, logdensity)
+    num_chains, dim = states.whitened.shape
+    dtype = jnp.result_type(float)
+    num_kept = min(num_steps, -(-MAX_POINTS // num_chains))
+    blank = jnp.zeros((num_kept, num_chains, dim), dtype)
+    none = jnp.full((num_kept, num_chains), -jnp.inf, dtype)
+    degree = regression.affordable_degree(dim, num_kept * num_chains)
+    parameters = Parameters(
+        jnp.asarray(LARGEST_STEP_SIZE, dtype),
+        _blank_transport(dim, dtype),
+        from_coefficients(jnp.zeros(num_monomials(dim, degree), dtype), dim, degree),
+        jnp.asarray(ROUND_WEIGHTS, dtype),
+    )
+    zero = jnp.zeros((), int)
+    nan = jnp.full((), jnp.nan, dtype)
+    unknown = jnp.full(WALK + 1, jnp.nan, dtype)
+    report = Report(jnp.asarray(num_chains), zero, nan, zero, zero, unknown, unknown, nan)
+    return WarmupState(
+        states,
+        parameters,
+        0.1 * jnp.eye(dim, dtype=dtype),
+        first_walk_scale(dim, dtype),
+        History(blank, none, blank, none),
+        no_totals(dtype),
+        zero,
+        zero,
+        report,
+    )
+
+
+def run_stage(
+    rng_key: jax.Array, logdensity_fn: LogDensity, carry: WarmupState, stage: Stage
+) -> WarmupState:
+    """Run a stage; to be compiled with `logdensity_fn` and `stage` static.
+
+    Args:
+        rng_key: key of the stage.
+        logdensity_fn: log density up to a constant.
+        carry: from the stage before.
+        stage: one of `stages`.
+
+    Cost: one evaluation per step and chain, none where it learns.
+    """
+    if stage.kind == "walk":
+        return _walk(rng_key, logdensity_fn, carry, stage.num_steps)
+    if stage.kind == "round":
+        return _round(rng_key, logdensity_fn, carry, stage.num_steps)
+    if stage.kind == "rescale":
+        return rescale(relocate(rng_key, carry))
+    if stage.kind == "freeze":
+        return freeze(carry)
+    key_relocate, key_fit = jax.random.split(rng_key)
+    return refit(key_fit, relocate(key_relocate, carry))
+
+
+def adapt(
+    rng_key: jax.Array, logdensity_fn: LogDensity, starts: Tree, num_steps: int = 2900
+) -> tuple[SurrogateState, Parameters, Report]:
+    """Run the whole warm-up.
+
+    Exact: nothing yet; the draws of warm-up are not of the posterior, those of the frozen kernel
+    are. Cost: `num_steps + 1` evaluations per chain, and seven fits.
+
+    Args:
+        rng_key: key of the run.
+        logdensity_fn: log density up to a constant.
+        starts: positions of the chains, a pytree with the chains as leading axis.
+        num_steps: of each chain.
+
+    Returns:
+        States, whitened by the map that was learned; the parameters of the kernel
+        (`build_kernel()(rng_key, state, logdensity_fn, *parameters)`); a report.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, probbp
+        >>> from probbp.samplers.surrogate.warmup import adapt
+        >>> logdensity_fn = lambda x: -0.5 * jnp.sum(x**2)
+        >>> starts = jax.random.normal(jax.random.key(0), (4, 3))
+        >>> states, parameters, report = adapt(jax.random.key(1), logdensity_fn, starts, 200)
+        >>> sampler = probbp.surrogate(logdensity_fn, **parameters._asdict())
+    """
+    run = jax.jit(run_stage, static_argnums=(1, 3), donate_argnums=2)
+    carry = jax.jit(init, static_argnums=(0, 2))(logdensity_fn, starts, num_steps)
+    for i, stage in enumerate(stages(num_steps)):
+        carry = run(jax.random.fold_in(rng_key, i), logdensity_fn, carry, stage)
+    return carry.states, carry.parameters, carry.report
+
+
+def _walk(rng_key, logdensity_fn, carry, num_steps):
+    """Take steps of an adaptive random walk, whose size all chains share."""
+    flat, unravel = _flat(carry.states.position)
+    values = jax.vmap(lambda x: logdensity_fn(unravel(x)))
+    num_chains = len(flat)
+
+    def body(loop, inputs):
+        x, fx, log_scale = loop
+        key, i = inputs
+        key_noise, key_accept = jax.random.split(key)
+        noise = jax.random.normal(key_noise, x.shape, carry.walk_factor.dtype)
+        y = (x + jnp.exp(log_scale) * noise @ carry.walk_factor.T).astype(x.dtype)
+        fy = values(y)
+        log_ratio = jnp.where(jnp.isnan(fy - fx), -jnp.inf, fy - fx)
+        is_accepted = jnp.log(jax.random.uniform(key_accept, (num_chains,))) < log_ratio
+        x, fx = jnp.where(is_accepted[:, None], y, x), jnp.where(is_accepted, fy, fx)
+        rate = jnp.mean(jnp.exp(jnp.minimum(log_ratio, 0)))
+        gain = 2 / (carry.num_since + i + 3.0) ** 0.6
+        log_scale = (log_scale + gain * (rate - 0.25)).astype(log_scale.dtype)
+        return (x, fx, log_scale), (y, fy, x, fx)
+
+    loop = flat, carry.states.logdensity, carry.log_walk_scale
+    inputs = jax.random.split(rng_key, num_steps), jnp.arange(num_steps)
+    (flat, logdensity, log_scale), seen = jax.lax.scan(body, loop, inputs)
+    states = jax.vmap(partial(whiten, None))(jax.vmap(unravel)(flat), logdensity)
+    return _advance(carry, states, History(*seen), num_steps)._replace(log_walk_scale=log_scale)
+
+
+def _round(rng_key, logdensity_fn, carry, num_steps):
+    """Take steps of the kernel as it is learned so far."""
+    kernel = build_kernel()
+    _, unravel = _flat(carry.states.position)
+    flatten = jax.vmap(lambda tree: ravel_pytree(tree)[0])
+    num_chains = len(carry.states.logdensity)
+
+    def body(loop, key):
+        states, totals = loop
+        keys = jax.random.split(key, num_chains)
+        new, info = jax.vmap(lambda k, s: kernel(k, s, logdensity_fn, *carry.parameters))(
+            keys, states
+        )
+        distance = jnp.sum((info.proposal.whitened - states.whitened) ** 2, axis=1)
+        jump = jnp.where(info.acceptance_rate > 0, info.acceptance_rate * distance, 0)
+        is_kind = jax.nn.one_hot(info.kind, WALK + 1, dtype=totals.count.dtype)
+        values = (jnp.ones(num_chains), info.acceptance_rate, jump, info.inner_acceptance_rate)
+        totals = Totals(
+            *(t + v.astype(t.dtype) @ is_kind for t, v in zip(totals, values, strict=True))
+        )
+        seen = History(
+            flatten(info.proposal.position),
+            info.proposal.logdensity,
+            flatten(new.position),
+            new.logdensity,
+        )
+        return (new, totals), seen
+
+    keys = jax.random.split(rng_key, num_steps)
+    (states, totals), seen = jax.lax.scan(body, (carry.states, carry.totals), keys)
+    return _advance(carry, states, seen, num_steps)._replace(totals=totals)
+
+
+def _learns(stage):
+    return stage.kind not in ("walk", "round")
+
+
+def _advance(carry, states, seen, num_steps):
+    """Append steps to the history, and count them."""
+    history = jax.tree.map(
+        lambda old, new: jnp.concatenate([old, new.astype(old.dtype)])[-len(old) :],
+        carry.history,
+        seen,
+    )
+    num_chains = seen.draw_logdensity.shape[1]
+    num_evaluations = carry.report.num_evaluations + num_steps * num_chains
+    return carry._replace(
+        states=states,
+        history=history,
+        num_since=carry.num_since + num_steps,
+        report=carry.report._replace(num_evaluations=num_evaluations),
+    )
+
+
+def _flat(position):
+    """Return positions of all chains as rows, and what turns a row into a position."""
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], position))
+    return jax.vmap(lambda tree: ravel_pytree(tree)[0])(position), unravel
+
+
+def _blank_transport(dim, dtype):
+    """Return a map of the shapes that fits have."""
+    draws, values = jnp.zeros((2, dim), dtype), jnp.zeros(2, dtype)
+    shapes = jax.eval_shape(fit_transport, draws, values, draws, values)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
