@@ -12,7 +12,7 @@ from probbp.samplers.fmala import fmala, pc_fmala
 from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
 from probbp.samplers.mala import mala
 from probbp.samplers.scan import checkpointed_scan
-from probbp.samplers.surrogate.kernel import surrogate
+from probbp.samplers.surrogate import surrogate
 
 __version__ = version("probbp")
 

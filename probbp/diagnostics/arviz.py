@@ -24,6 +24,7 @@ _STATISTICS = {
     "energy": "energy",
     "num_integration_steps": "n_steps",
     "step_size": "step_size",
+    "log_weight": "log_weight",
 }
 
 

@@ -4,10 +4,38 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from blackjax import GenerateSamplingAPI
 from blackjax.base import SamplingAlgorithm
+
+from probbp.types import LogDensity, Tree
+
+
+class Warmup(NamedTuple):
+    """The warm-up that an algorithm brings, of all chains together.
+
+    What it carries is a pair: the kernel's states, with the chains as leading axis, and a rest that
+    has a field `step_size`, (chains,).
+
+    Attributes:
+        schedule: (num_steps, ...), what each step is for, an array.
+        chunk: how many steps are made between two returns to the host.
+        init: `starts -> carry`, of positions with the chains as leading axis.
+        run: `(rng_key, carry, schedule) -> (carry, acceptance rates)`, a chunk of steps; the rates
+            are (chains, steps).
+        parameters: `rest -> parameters` of the algorithm, which all chains share.
+        report: `(rest, sample_stats) -> dict`, what was learned and what it cost, as numbers; it
+            warns where the draws can't be trusted.
+    """
+
+    schedule: jax.Array
+    chunk: int
+    init: Callable[[Tree], tuple[Any, Any]]
+    run: Callable[[jax.Array, tuple[Any, Any], jax.Array], tuple[tuple[Any, Any], jax.Array]]
+    parameters: Callable[[Any], dict[str, Any]]
+    report: Callable[[Any, Any], dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -18,9 +46,13 @@ class Algorithm(GenerateSamplingAPI):
     a `blackjax.SamplingAlgorithm`; `init` and `build_kernel` are BlackJAX's. Options are keywords
     of the kernel, so that `blackjax.window_adaptation(algorithm, logdensity_fn, **options)` and
     `functools.partial(algorithm, **options)` both work.
+
+    One that needs more than a step size and a scale brings its own warm-up,
+    `(logdensity_fn, num_steps) -> Warmup`.
     """
 
     target_acceptance_rate: Callable[..., float]
+    warmup: Callable[[LogDensity, int], Warmup] | None = None
 
     def __post_init__(self) -> None:
         """Show the docstring of the algorithm, not of this class."""
@@ -58,13 +90,41 @@ def target_acceptance_rate(algorithm: Callable) -> float:
     Raises:
         ValueError: if the algorithm is none of ours, whose best rate is the caller's to say.
     """
-    options: dict[str, Any] = {}
-    while isinstance(algorithm, partial):
-        options = {**algorithm.keywords, **options}
-        algorithm = algorithm.func
+    algorithm, _, options = _unwrapped(algorithm)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
             f"No target acceptance rate is known for {algorithm}: pass target_acceptance_rate "
             "(0.234 for random walks, 0.574 for MALA, 0.8 for HMC and NUTS)."
         )
     return algorithm.target_acceptance_rate(**options)
+
+
+def own_warmup(algorithm: Callable, num_steps: int) -> Warmup | None:
+    """Return the warm-up that an algorithm on a log density brings, `None` where it brings none.
+
+    Args:
+        algorithm: such as `functools.partial(probbp.surrogate, logdensity_fn)`.
+        num_steps: length of the warm-up.
+    """
+    algorithm, args, options = _unwrapped(algorithm)
+    warmup = getattr(algorithm, "warmup", None)
+    if warmup is None:
+        return None
+    logdensity_fn = args[0] if args else options.get("logdensity_fn")
+    if logdensity_fn is None:
+        raise ValueError(
+            "This algorithm learns from values of the log density: give it as "
+            "functools.partial(probbp.surrogate, logdensity_fn)."
+        )
+    return warmup(logdensity_fn, num_steps)
+
+
+def _unwrapped(algorithm):
+    """Return what nested `functools.partial` objects call, and with what."""
+    args: tuple = ()
+    options: dict[str, Any] = {}
+    while isinstance(algorithm, partial):
+        args = (*algorithm.args, *args)
+        options = {**algorithm.keywords, **options}
+        algorithm = algorithm.func
+    return algorithm, args, options

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from probbp.samplers import checkpoints, checks, progress, sinks, streams
 from probbp.samplers.adaptation import Metric, adaptation
+from probbp.samplers.algorithm import own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.samplers.devices import devices
 from probbp.samplers.fingerprints import fingerprint
-from probbp.samplers.programs import latest, programs, step_keys
+from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree
 
 NUM_UPDATES = 40
@@ -35,7 +36,7 @@ def sample(
     algorithm: Callable,
     position: Tree | Callable[[jax.Array], Tree],
     *,
-    num_warmup: int = 1000,
+    num_warmup: int | None = None,
     num_samples: int = 1000,
     num_chains: int = 4,
     thinning: int = 1,
@@ -76,12 +77,15 @@ def sample(
             `functools.partial(probbp.fmala, logdensity_fn)`; BlackJAX's own work too.
         position: one position around which the chains start, or `rng_key -> position`, which is
             asked for each chain's start.
-        num_warmup: steps of warm-up per chain, rounded up to a multiple of the chunk in which the
-            run comes back to the host (a fortieth of the phase).
+        num_warmup: steps of warm-up per chain, 1000 by default, 2900 for `probbp.surrogate`;
+            rounded up to a multiple of the chunk in which the run comes back to the host (a
+            fortieth of the phase, a 29th for `probbp.surrogate`).
         num_samples: draws kept per chain.
         num_chains: number of chains.
         thinning: steps per draw that is kept.
-        metric: the scale to learn: "diag", "dense", "low_rank", a `MetricRecipe`, or `None`.
+        metric: the scale to learn: "diag", "dense", "low_rank", a `MetricRecipe`, or `None`. This,
+            the target rate and the initial step size do not concern `probbp.surrogate`, which
+            brings a warm-up of its own, pooled over the chains.
         target_acceptance_rate: by default the algorithm's best, known for ours.
         initial_step_size: where the search for the step size starts.
         dispersion: standard deviation of the starts around `position`; halved for a chain until its
@@ -107,7 +111,9 @@ def sample(
 
     Returns:
         ArviZ's object, with `posterior` (chain, draw, ...) and in `sample_stats` the acceptance
-        rate, step size, log density `lp` and `diverging` (NaN or infinity at a proposal).
+        rate, step size, log density `lp` and `diverging` (NaN or infinity at a proposal). Of
+        `probbp.surrogate` also `log_weight`, target over surrogate, and in the attributes of
+        `sample_stats` what warm-up learned and how many log densities it evaluated.
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
@@ -135,10 +141,16 @@ def sample(
         checks.check_count(name, count)
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
-    if target_acceptance_rate is None:
-        target_acceptance_rate = best_acceptance_rate(algorithm)
-    warmup_chunk = -(-num_warmup // NUM_UPDATES)
-    num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
+    own = own_warmup(algorithm, 2900 if num_warmup is None else num_warmup)
+    if own is None:
+        num_warmup = 1000 if num_warmup is None else num_warmup
+        if target_acceptance_rate is None:
+            target_acceptance_rate = best_acceptance_rate(algorithm)
+        warmup_chunk = -(-num_warmup // NUM_UPDATES)
+        num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
+    else:
+        _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size, mesh)
+        warmup_chunk, num_warmup = own.chunk, len(own.schedule)
     chunk = -(-num_samples // NUM_UPDATES)
     # The keys hang on this number, and so not on `every`.
     num_keys = chunk * (-(-num_samples // chunk))
@@ -150,14 +162,18 @@ def sample(
     start_fn = position if callable(position) else None
     if start_fn is not None:
         position = start_fn(rng_key)
-    adapt = adaptation(
-        optax.tree.size(position),
-        num_warmup,
-        target_acceptance_rate,
-        metric=metric,
-        initial_step_size=initial_step_size,
-    )
-    program = programs(algorithm, adapt, start_fn, dispersion, thinning, batch_size)
+    if own is None:
+        adapt = adaptation(
+            optax.tree.size(position),
+            num_warmup,
+            target_acceptance_rate,
+            metric=metric,
+            initial_step_size=initial_step_size,
+        )
+        program = programs(algorithm, adapt, start_fn, dispersion, thinning, batch_size)
+    else:
+        adapt = own
+        program = pooled_programs(algorithm, own, start_fn, dispersion, thinning, batch_size)
     keys_of = partial(partial, step_keys, num_chains=num_chains)
     init_keys = partial(jax.random.split, num=num_chains)
     warmup_keys = keys_of(num_steps=num_warmup, num=warmup_chunk)
@@ -279,7 +295,27 @@ def sample(
                 )
             if save is not None:
                 save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
-    return sink.read(step_size)
+    data = sink.read(step_size)
+    if own is not None:
+        stats = data["sample_stats"]
+        stats.attrs.update(own.report(on.get(adapted), stats))
+    return data
+
+
+def _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size, mesh):
+    """Raise for what does not concern an algorithm that brings its own warm-up."""
+    given = {
+        "metric": metric != "diag",
+        "target_acceptance_rate": target_acceptance_rate is not None,
+        "initial_step_size": initial_step_size != 1.0,
+        "mesh": mesh is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise ValueError(
+            f"This algorithm learns from all chains by a warm-up of its own: leave out "
+            f"{', '.join(names)}."
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from probbp.samplers.adaptation import Adaptation, parameters, warmup_step
+from probbp.samplers.algorithm import Warmup
 from probbp.samplers.fingerprints import hash_program
 from probbp.types import Tree
 
@@ -58,12 +59,8 @@ def programs(
     """
 
     def init(key, position):
-        key_start, key_state = jax.random.split(key)
         init_state = algorithm(**parameters(adapt.initial)).init
-        if start_fn is not None:
-            start = start_fn(key_start)
-        else:
-            start = _disperse(key_start, lambda p: init_state(p, key_state), position, dispersion)
+        start, key_state = _start(key, init_state, position, start_fn, dispersion)
         return init_state(start, key_state), adapt.initial
 
     def warm_up(carry, keys, schedule):
@@ -73,37 +70,43 @@ def programs(
         return parameters(adapt.final(adapted) if len(adapt.schedule) else adapted)
 
     def draw(state, learnt, keys):
-        step = algorithm(**learnt).step
+        return _draw(algorithm(**learnt).step, thinning, state, keys)
 
-        def body(state, key):
-            if thinning == 1:
-                state, info = step(key, state)
-            else:
-                state, infos = jax.lax.scan(
-                    lambda s, k: step(k, s), state, jax.random.split(key, thinning)
-                )
-                info = _thinned(infos)
-            scalars = {k: v for k, v in info._asdict().items() if getattr(v, "shape", None) == ()}
-            return state, Draws(state.position, state.logdensity, scalars)
-
-        return jax.lax.scan(body, state, keys)
-
-    def over_chains(fun, num_shared=0):
-        def all_chains(*args):
-            chains, shared = args[: len(args) - num_shared], args[len(args) - num_shared :]
-
-            def one_chain(chain):
-                return fun(*chain, *shared)
-
-            if batch_size is None:
-                return jax.vmap(one_chain)(chains)
-            return jax.lax.map(one_chain, chains, batch_size=batch_size)
-
-        return all_chains
-
+    over_chains = partial(_over_chains, batch_size=batch_size)
     return Programs(
         over_chains(init, 1), over_chains(warm_up, 1), over_chains(learn), over_chains(draw)
     )
+
+
+def pooled_programs(
+    algorithm: Callable,
+    warmup: Warmup,
+    start_fn: Callable[[jax.Array], Tree] | None,
+    dispersion: float,
+    thinning: int,
+    batch_size: int | None,
+) -> Programs:
+    """Write the programs of a run of an algorithm that brings its own warm-up, of all chains."""
+    over_chains = partial(_over_chains, batch_size=batch_size)
+
+    def start(key, position):
+        return _start(key, algorithm().init, position, start_fn, dispersion)[0]
+
+    def init(keys, position):
+        return warmup.init(over_chains(start, 1)(keys, position))
+
+    def warm_up(carry, keys, schedule):
+        return warmup.run(keys[0, 0], carry, schedule)
+
+    def learn(rest):
+        return warmup.parameters(rest) | {"step_size": rest.step_size}
+
+    def draw(states, learnt, keys):
+        shared = learnt | {"step_size": learnt["step_size"][0]}
+        step = algorithm(**shared).step
+        return over_chains(partial(_draw, step, thinning))(states, keys)
+
+    return Programs(init, warm_up, learn, draw)
 
 
 def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs: Any) -> Any:
@@ -141,6 +144,48 @@ def step_keys(
     chains = jnp.arange(num_chains, dtype=jnp.uint32)[:, None]
     index = chains * jnp.uint32(num_steps) + start + jnp.arange(num, dtype=jnp.uint32)
     return jax.vmap(jax.vmap(partial(jax.random.fold_in, rng_key)))(index)
+
+
+def _over_chains(fun, num_shared=0, *, batch_size):
+    """Run a function over the leading axis of its arguments, but for the last `num_shared`."""
+
+    def all_chains(*args):
+        chains, shared = args[: len(args) - num_shared], args[len(args) - num_shared :]
+
+        def one_chain(chain):
+            return fun(*chain, *shared)
+
+        if batch_size is None:
+            return jax.vmap(one_chain)(chains)
+        return jax.lax.map(one_chain, chains, batch_size=batch_size)
+
+    return all_chains
+
+
+def _draw(step, thinning, state, keys):
+    """Make the draws of one chain."""
+
+    def body(state, key):
+        if thinning == 1:
+            state, info = step(key, state)
+        else:
+            state, infos = jax.lax.scan(
+                lambda s, k: step(k, s), state, jax.random.split(key, thinning)
+            )
+            info = _thinned(infos)
+        scalars = {k: v for k, v in info._asdict().items() if getattr(v, "shape", None) == ()}
+        return state, Draws(state.position, state.logdensity, scalars)
+
+    return jax.lax.scan(body, state, keys)
+
+
+def _start(key, init_state, position, start_fn, dispersion):
+    """Return where a chain starts, and the key of its first state."""
+    key_start, key_state = jax.random.split(key)
+    if start_fn is not None:
+        return start_fn(key_start), key_state
+    start = _disperse(key_start, lambda p: init_state(p, key_state), position, dispersion)
+    return start, key_state
 
 
 def _disperse(rng_key, init_fn, position, dispersion):

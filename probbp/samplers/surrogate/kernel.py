@@ -19,7 +19,6 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
-from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.surrogate.inner import Point, inner_transitions, point_at, surrogate_logdensity
 from probbp.samplers.surrogate.polynomial import value_and_grad
 from probbp.samplers.surrogate.transport import forward, inverse
@@ -242,9 +241,6 @@ def as_top_level_api(
         logdensity_fn,
         kernel_args=(step_size, transport, surrogate, weights),
     )
-
-
-surrogate = Algorithm(as_top_level_api, init, build_kernel, lambda **options: 0.9)
 
 
 def whiten(transport: Any, position: Tree, logdensity: jax.Array) -> SurrogateState:

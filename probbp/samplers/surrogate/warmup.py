@@ -127,16 +127,22 @@ def run_stage(
 
     Cost: one evaluation per step and chain, none where it learns.
     """
-    if stage.kind == "walk":
-        return _walk(rng_key, logdensity_fn, carry, stage.num_steps)
-    if stage.kind == "round":
-        return _round(rng_key, logdensity_fn, carry, stage.num_steps)
+    if not _learns(stage):
+        return run_steps(rng_key, logdensity_fn, stage.kind, stage.num_steps, carry)[0]
     if stage.kind == "rescale":
         return rescale(relocate(rng_key, carry))
     if stage.kind == "freeze":
         return freeze(carry)
     key_relocate, key_fit = jax.random.split(rng_key)
     return refit(key_fit, relocate(key_relocate, carry))
+
+
+def run_steps(
+    rng_key: jax.Array, logdensity_fn: LogDensity, kind: str, num_steps: int, carry: WarmupState
+) -> tuple[WarmupState, jax.Array]:
+    """Take steps of a "walk" or a "round"; return also their acceptance rates, (chains, steps)."""
+    steps = {"walk": _walk, "round": _round}[kind]
+    return steps(rng_key, logdensity_fn, carry, num_steps)
 
 
 def adapt(
@@ -188,16 +194,17 @@ def _walk(rng_key, logdensity_fn, carry, num_steps):
         log_ratio = jnp.where(jnp.isnan(fy - fx), -jnp.inf, fy - fx)
         is_accepted = jnp.log(jax.random.uniform(key_accept, (num_chains,))) < log_ratio
         x, fx = jnp.where(is_accepted[:, None], y, x), jnp.where(is_accepted, fy, fx)
-        rate = jnp.mean(jnp.exp(jnp.minimum(log_ratio, 0)))
+        rates = jnp.exp(jnp.minimum(log_ratio, 0))
         gain = 2 / (carry.num_since + i + 3.0) ** 0.6
-        log_scale = (log_scale + gain * (rate - 0.25)).astype(log_scale.dtype)
-        return (x, fx, log_scale), (y, fy, x, fx)
+        log_scale = (log_scale + gain * (jnp.mean(rates) - 0.25)).astype(log_scale.dtype)
+        return (x, fx, log_scale), (History(y, fy, x, fx), rates)
 
     loop = flat, carry.states.logdensity, carry.log_walk_scale
     inputs = jax.random.split(rng_key, num_steps), jnp.arange(num_steps)
-    (flat, logdensity, log_scale), seen = jax.lax.scan(body, loop, inputs)
+    (flat, logdensity, log_scale), (seen, rates) = jax.lax.scan(body, loop, inputs)
     states = jax.vmap(partial(whiten, None))(jax.vmap(unravel)(flat), logdensity)
-    return _advance(carry, states, History(*seen), num_steps)._replace(log_walk_scale=log_scale)
+    carry = _advance(carry, states, seen, num_steps)._replace(log_walk_scale=log_scale)
+    return carry, rates.T
 
 
 def _round(rng_key, logdensity_fn, carry, num_steps):
@@ -226,11 +233,11 @@ def _round(rng_key, logdensity_fn, carry, num_steps):
             flatten(new.position),
             new.logdensity,
         )
-        return (new, totals), seen
+        return (new, totals), (seen, info.acceptance_rate)
 
     keys = jax.random.split(rng_key, num_steps)
-    (states, totals), seen = jax.lax.scan(body, (carry.states, carry.totals), keys)
-    return _advance(carry, states, seen, num_steps)._replace(totals=totals)
+    (states, totals), (seen, rates) = jax.lax.scan(body, (carry.states, carry.totals), keys)
+    return _advance(carry, states, seen, num_steps)._replace(totals=totals), rates.T
 
 
 def _learns(stage):
