@@ -16,7 +16,7 @@ from probbp.numpyro.calls import Plates, handed, inspect_model
 from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
 from probbp.samplers import checks
 from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
-from probbp.samplers.algorithm import target_acceptance_rate
+from probbp.samplers.algorithm import brings_warmup, target_acceptance_rate
 from probbp.types import LogDensity, Tree
 
 
@@ -114,6 +114,12 @@ class Kernel(MCMCKernel):
             raise ValueError("Give Kernel either a model or a potential_fn.")
         if algorithm is None:
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
+        if brings_warmup(algorithm):
+            raise ValueError(
+                "This algorithm learns from all chains together in a warm-up of its own, which "
+                "NumPyro's MCMC has no place for. Run it by probbp.sample, on the potential of "
+                "numpyro.infer.util.initialize_model."
+            )
         if target_accept_prob is None:
             target_accept_prob = target_acceptance_rate(algorithm)
         self._model = model

@@ -99,6 +99,11 @@ def target_acceptance_rate(algorithm: Callable) -> float:
     return algorithm.target_acceptance_rate(**options)
 
 
+def brings_warmup(algorithm: Callable) -> bool:
+    """Whether an algorithm, or a `functools.partial` of one, brings its own warm-up."""
+    return getattr(_unwrapped(algorithm)[0], "warmup", None) is not None
+
+
 def own_warmup(algorithm: Callable, num_steps: int) -> Warmup | None:
     """Return the warm-up that an algorithm on a log density brings, `None` where it brings none.
 
@@ -106,17 +111,16 @@ def own_warmup(algorithm: Callable, num_steps: int) -> Warmup | None:
         algorithm: such as `functools.partial(probbp.surrogate, logdensity_fn)`.
         num_steps: length of the warm-up.
     """
-    algorithm, args, options = _unwrapped(algorithm)
-    warmup = getattr(algorithm, "warmup", None)
-    if warmup is None:
+    if not brings_warmup(algorithm):
         return None
+    algorithm, args, options = _unwrapped(algorithm)
     logdensity_fn = args[0] if args else options.get("logdensity_fn")
     if logdensity_fn is None:
         raise ValueError(
             "This algorithm learns from values of the log density: give it as "
             "functools.partial(probbp.surrogate, logdensity_fn)."
         )
-    return warmup(logdensity_fn, num_steps)
+    return algorithm.warmup(logdensity_fn, num_steps)
 
 
 def _unwrapped(algorithm):

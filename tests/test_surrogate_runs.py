@@ -1,0 +1,150 @@
+"""The surrogate transition through `probbp.sample`: its own warm-up, resumed, and distrusted."""
+
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.infer import MCMC
+
+import probbp
+from probbp.numpyro import Kernel
+from probbp.samplers.surrogate.pooled import schedule_of
+from probbp.samplers.surrogate.trust import pareto_k, warn_of_distrust
+
+KEY = jax.random.key(0)
+START = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+
+
+def banana(position):
+    """A and b: b given a is N(a0^2, 0.5^2)."""
+    bend = (position["b"] - position["a"][0] ** 2) / 0.5
+    return -0.5 * jnp.sum(position["a"] ** 2) - 0.5 * bend**2
+
+
+def run(logdensity_fn=banana, position=START, **options):
+    options = {"num_warmup": 580, "num_samples": 500, "progress_bar": False} | options
+    return probbp.sample(KEY, partial(probbp.surrogate, logdensity_fn), position, **options)
+
+
+def test_a_run_has_the_right_moments_and_says_what_it_cost():
+    data = run(num_chains=8, num_samples=1000)
+    a, b = data.posterior["a"].values, data.posterior["b"].values
+    statistics = {
+        "a": (a[..., 0], 0.0),
+        "a^2": (a[..., 0] ** 2, 1.0),
+        "a1": (a[..., 1], 0.0),
+        "b": (b, 1.0),
+        "b^2": (b**2, 3.25),
+    }
+    for name, (values, truth) in statistics.items():
+        batches = values.reshape(8 * 20, 50).mean(axis=1)
+        error = batches.std(ddof=1) / len(batches) ** 0.5
+        assert abs(batches.mean() - truth) < 4.5 * error, name
+    report = data["sample_stats"].attrs
+    assert report["num_warmup_evaluations"] == 8 * (580 + 1)
+    assert report["num_relocated"] == 0
+    assert report["held_out_std"] < 0.3
+    assert report["pareto_k"] < 1
+    # The step size is frozen, and one for all.
+    assert len(np.unique(data["sample_stats"]["step_size"])) == 1
+    assert data["sample_stats"]["log_weight"].shape == (8, 1000)
+    assert data["sample_stats"]["acceptance_rate"].values.mean() > 0.6
+
+
+def test_a_schedule_learns_where_its_stretches_end():
+    schedule = np.asarray(schedule_of(3))
+    assert schedule.shape == (29 * 3, 2)
+    assert schedule[:, 0].sum() == 14 * 3
+    ends = np.flatnonzero(schedule[:, 1])
+    np.testing.assert_array_equal(ends + 1, 3 * np.cumsum([1, 2, 4, 8, 2, 4, 8]))
+    np.testing.assert_array_equal(schedule[ends, 1], [1, 1, 1, 2, 2, 2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [100, 700])
+def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
+    """In warm-up and among the draws; the same to the bit."""
+    from probbp.samplers import progress
+
+    whole = run(checkpoint=tmp_path / "whole")
+    shown, show = [], progress.show
+
+    def stop(bar, num_steps, *args, **kwargs):
+        shown.append(num_steps)
+        if sum(shown) >= done:
+            raise KeyboardInterrupt
+        show(bar, num_steps, *args, **kwargs)
+
+    monkeypatch.setattr(progress, "show", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=tmp_path / "run", progress_bar=True)
+    monkeypatch.undo()
+    resumed = run(checkpoint=tmp_path / "run")
+    np.testing.assert_array_equal(whole.posterior["a"], resumed.posterior["a"])
+    np.testing.assert_array_equal(
+        whole["sample_stats"]["log_weight"], resumed["sample_stats"]["log_weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_warmup": 0}, "num_warmup must be positive, got 0"),
+        ({"metric": "dense"}, "leave out metric"),
+        ({"target_acceptance_rate": 0.8}, "leave out target_acceptance_rate"),
+        ({"initial_step_size": 0.3}, "leave out initial_step_size"),
+    ],
+)
+def test_what_does_not_concern_it_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        run(**options)
+
+
+def test_numpyro_s_mcmc_points_to_sample():
+    with pytest.raises(ValueError, match=r"Run it by probbp\.sample"):
+        MCMC(Kernel(lambda: None, probbp.surrogate), num_warmup=1, num_samples=1)
+
+
+def test_the_log_density_must_be_bound():
+    with pytest.raises(ValueError, match="learns from values of the log density"):
+        probbp.sample(KEY, probbp.surrogate, jnp.zeros(2), progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("k", "std", "words"),
+    [
+        (1.4, 0.1, "Pareto shape of 1.4"),
+        (0.3, 0.9, "misses the log density by 0.90"),
+        (np.nan, np.nan, "may be wrong"),
+    ],
+)
+def test_distrust_is_a_warning(k, std, words):
+    with pytest.warns(UserWarning, match=words):
+        warn_of_distrust(k, std)
+
+
+def test_trust_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_distrust(0.5, 0.2)
+
+
+def test_a_heavy_tail_is_seen():
+    """Weights of Gaussian logarithm, and of exponential logarithm with mean two: Pareto, k = 2."""
+    rng = np.random.default_rng(0)
+    assert pareto_k(0.3 * rng.normal(size=(4, 1000))) < 0.7
+    assert pareto_k(2 * rng.exponential(size=(4, 1000))) > 1.5
+
+
+@pytest.mark.slow
+def test_neal_s_funnel_is_distrusted():
+    """Its neck is not found by any chain of this length."""
+
+    def funnel(x):
+        return -(x[0] ** 2) / 18 - jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) / 2 - 9 * x[0] / 2
+
+    with pytest.warns(UserWarning, match="may be wrong"):
+        run(funnel, jnp.zeros(10), num_warmup=2900, num_samples=1000)
