@@ -1,0 +1,298 @@
+"""`probbp.surrogate` from cold starts: reference posteriors, and whether it knows when it fails.
+
+    python tests/benchmarks/surrogate.py [--data DIR] [--only NAME] [--seeds N] [--detector]
+
+With a folder of posteriordb's reference moments, each posterior is sampled from starts uniform on
+(-2, 2) (the predator-prey model: around its own start), by four chains of 2,900 steps of warm-up
+and 1,500 draws. ESS is the smallest bulk ESS over the parameters, for 1,000 evaluations of the log
+density after warm-up; "with it" counts the warm-up too. |z| is the largest over means and mean
+squares, against the reference draws.
+
+With `--detector`, targets on which it may fail: how often the draws are wrong (|z| > 5 for some
+mean or probability), how often R-hat < 1.01 hides it, and how often the run warns.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro.infer import init_to_uniform, init_to_value
+from numpyro.infer.util import initialize_model
+from posteriordb import Run, dataset, judged, logdensity
+from posteriors import entry, load
+from scipy import stats
+
+import probbp
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the reference moments")
+    parser.add_argument("--only", default="", help="part of a target's name")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--detector", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="one seed, a fifth of the draws")
+    args = parser.parse_args()
+    if args.fast:
+        args.seeds = 1
+    args.num_samples = 300 if args.fast else 1500
+    numpyro.enable_x64()
+    if args.data is None:
+        print("Left out: the reference posteriors. They need data: --data DIR")
+    else:
+        reference_posteriors(args)
+    if args.detector:
+        detector(args)
+
+
+# ---------------------------------------------------------------------------------------
+# The reference posteriors.
+
+
+def reference_posteriors(args) -> None:
+    try:
+        posteriors = load(args.data)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    print(f"{'posterior':44}{'seed':>5}{'ESS':>7}{'with it':>8}{'|z|':>6}{'R-hat':>8}", end="")
+    print(f"{'accept':>8}{'k':>7}{'std':>7}{'warm-up':>9}{'CPU s':>7}  warned")
+    for name, posterior in posteriors.items():
+        if args.only in name:
+            for seed in range(args.seeds):
+                print_posterior(posterior, seed, args.num_samples)
+
+
+def print_posterior(posterior, seed: int, num_samples: int) -> None:
+    info = initialize_model(
+        jax.random.key(seed),
+        posterior.model,
+        init_strategy=init_to_value(values=posterior.start) if posterior.start else init_to_uniform,
+        model_kwargs=posterior.model_kwargs,
+        validate_grad=False,
+    )
+    begin = time.process_time()
+    data, warned = sampled(
+        seed,
+        logdensity(info),
+        partial(start, info.param_info.z, 0.1 if posterior.start else None),
+        num_samples,
+        postprocess_fn=info.postprocess_fn,
+    )
+    seconds = time.process_time() - begin
+    draws = {name: values.values for name, values in data.posterior.items()}
+    stats = data["sample_stats"]
+    row = judged(posterior, "surrogate", Run(draws, 0.0, 1.0, seconds))
+    squares = {n: entry(draws, where) ** 2 for n, where in posterior.names.items()}
+    ess = min(row.ess, *(float(v) for v in az.ess(dataset(squares), method="bulk").values()))
+    warm_up = stats.attrs["num_warmup_evaluations"]
+    print(
+        f"{posterior.name:44}{seed:5}{1000 * ess / row.num_draws:7.0f}"
+        f"{1000 * ess / (row.num_draws + warm_up):8.0f}"
+        f"{max(row.z_mean, row.z_square):6.1f}{row.rhat:8.4f}"
+        f"{stats['acceptance_rate'].values.mean():8.2f}{stats.attrs['pareto_k']:7.2f}"
+        f"{stats.attrs['held_out_std']:7.2f}{warm_up:9}{seconds:7.0f}  {'yes' if warned else 'no'}",
+        flush=True,
+    )
+
+
+def start(like, spread, rng_key):
+    """Draw a start: uniform on (-2, 2), or around a position."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(rng_key, len(leaves))
+    drawn = [
+        jax.random.uniform(key, leaf.shape, leaf.dtype, -2, 2)
+        if spread is None
+        else leaf + spread * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def sampled(seed: int, logdensity_fn: Callable, starts: Callable, num_samples: int, **options):
+    """Return a run, and whether it warned."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = probbp.sample(
+            jax.random.key(seed),
+            partial(probbp.surrogate, logdensity_fn),
+            starts,
+            num_samples=num_samples,
+            progress_bar=False,
+            **options,
+        )
+    return data, any("may be wrong" in str(warning.message) for warning in caught)
+
+
+# ---------------------------------------------------------------------------------------
+# The detector.
+
+
+class Target(NamedTuple):
+    """A density on R^d, with statistics `(..., d) -> (...)` and their means."""
+
+    logdensity_fn: Callable
+    dim: int
+    statistics: dict[str, tuple[Callable, float]]
+
+
+def neal_s_funnel() -> Target:
+    def logdensity_fn(x):
+        return -(x[0] ** 2) / 18 - jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) / 2 - 9 * x[0] / 2
+
+    return Target(logdensity_fn, 10, of_normal(lambda x: x[..., 0] / 3))
+
+
+def banana(num_pairs: int) -> Target:
+    """B given a is N(a^2, 0.3^2), for each pair."""
+
+    def logdensity_fn(x):
+        a, b = x[:num_pairs], x[num_pairs:]
+        return -jnp.sum(a**2) / 2 - jnp.sum((b - a**2) ** 2) / 0.18
+
+    def residual(x):
+        return (x[..., num_pairs] - x[..., 0] ** 2) / 0.3
+
+    second = {f"second {k}": v for k, v in of_normal(residual).items()}
+    return Target(logdensity_fn, 2 * num_pairs, of_normal(lambda x: x[..., 0]) | second)
+
+
+def student(degrees: int) -> Target:
+    law = stats.t(degrees)
+    ends = (-4.0, -1.0, 1.0, 4.0)
+    statistics = {f"P(x < {q})": (lambda x, q=q: x[..., 0] < q, law.cdf(q)) for q in ends}
+
+    def logdensity_fn(x):
+        return -(degrees + 1) / 2 * jnp.sum(jnp.log1p(x**2 / degrees))
+
+    return Target(logdensity_fn, 8, statistics)
+
+
+def modes(distance: float) -> Target:
+    """Three tenths of the mass lie `distance` standard deviations away along the first axis."""
+
+    def logdensity_fn(x):
+        ends = jnp.array([0.0, distance])
+        first = jax.nn.logsumexp(jnp.log(jnp.array([0.3, 0.7])) - (x[0] - ends) ** 2 / 2)
+        return first - jnp.sum(x[1:] ** 2) / 2
+
+    return Target(logdensity_fn, 5, {"far": (lambda x: x[..., 0] > distance / 2, 0.7)})
+
+
+def truncated() -> Target:
+    """A Gaussian cut to the positive orthant."""
+
+    def logdensity_fn(x):
+        return jnp.where(jnp.all(x > 0), -jnp.sum(x**2) / 2, -jnp.inf)
+
+    half = stats.halfnorm()
+    statistics = {
+        "mean": (lambda x: x[..., 0], half.mean()),
+        **{f"P(x < {q})": (lambda x, q=q: x[..., 0] < q, half.cdf(q)) for q in (0.1, 2.0)},
+    }
+    return Target(logdensity_fn, 4, statistics)
+
+
+def spike_and_slab() -> Target:
+    """Half of each coordinate's mass is a hundred times narrower than the other."""
+
+    def logdensity_fn(x):
+        scale = jnp.array([[0.01], [1.0]])
+        return jnp.sum(jax.nn.logsumexp(-((x / scale) ** 2) / 2 - jnp.log(scale), axis=0))
+
+    slab = 0.5 * (2 * stats.norm.sf(0.1)) + 0.5 * (2 * stats.norm.sf(10))
+    return Target(logdensity_fn, 4, {"slab": (lambda x: abs(x[..., 0]) > 0.1, slab)})
+
+
+def gaussian(dim: int) -> Target:
+    return Target(lambda x: -jnp.sum(x**2) / 2, dim, of_normal(lambda x: x[..., 0]))
+
+
+def mild_funnel() -> Target:
+    def logdensity_fn(x):
+        return -(x[0] ** 2) / 2 - jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) / 2 - 9 * x[0] / 2
+
+    return Target(logdensity_fn, 10, of_normal(lambda x: x[..., 0]))
+
+
+def of_normal(coordinate: Callable) -> dict[str, tuple[Callable, float]]:
+    """Return what is known of a standard normal coordinate."""
+    return {
+        "mean": (coordinate, 0.0),
+        "square": (lambda x: coordinate(x) ** 2, 1.0),
+        "P(x < -1.5)": (lambda x: coordinate(x) < -1.5, stats.norm.cdf(-1.5)),
+        "P(x > 1.5)": (lambda x: coordinate(x) > 1.5, stats.norm.sf(1.5)),
+    }
+
+
+TARGETS = {
+    "Gaussian, 5": gaussian(5),
+    "mild funnel, 10": mild_funnel(),
+    "Neal's funnel, 10": neal_s_funnel(),
+    "banana, 4": banana(2),
+    "banana, 10": banana(5),
+    "Student, 2 degrees, 8": student(2),
+    "Student, 4 degrees, 8": student(4),
+    "modes 6 apart, 5": modes(6.0),
+    "modes 12 apart, 5": modes(12.0),
+    "truncated, 4": truncated(),
+    "spike and slab, 4": spike_and_slab(),
+}
+
+
+def detector(args) -> None:
+    print(f"\n{'target':24}{'wrong':>8}{'hidden':>8}{'unseen':>8}{'warned':>8}{'ESS':>7}", end="")
+    print(f"{'|z|':>7}{'R-hat':>8}{'k':>7}{'std':>7}   (medians; of {args.seeds} seeds)")
+    for name, target in TARGETS.items():
+        if args.only in name:
+            print_target(name, target, args)
+
+
+def print_target(name: str, target: Target, args) -> None:
+    rows = np.array([measured(target, seed, args.num_samples) for seed in range(args.seeds)])
+    z, rhat, ess, warned, k, std = rows.T
+    wrong = z > 5
+    print(
+        f"{name:24}{wrong.sum():8}{(wrong & (rhat < 1.01)).sum():8}"
+        f"{(wrong & (warned == 0)).sum():8}{int(warned.sum()):8}"
+        + "".join(
+            f"{np.median(values):{width}}"
+            for values, width in ((ess, "7.0f"), (z, "7.1f"), (rhat, "8.3f"))
+        )
+        + f"{np.median(k):7.2f}{np.median(std):7.2f}",
+        flush=True,
+    )
+
+
+def measured(target: Target, seed: int, num_samples: int) -> tuple[float, ...]:
+    """Return the largest |z|, R-hat, ESS for 1,000 draws, whether it warned, k and the error."""
+    starts = partial(start, jnp.zeros(target.dim), None)
+    if not jnp.isfinite(target.logdensity_fn(-jnp.ones(target.dim))):
+        starts = lambda key: jnp.abs(start(jnp.zeros(target.dim), None, key))
+    data, warned = sampled(seed, target.logdensity_fn, starts, num_samples)
+    x = data.posterior["x"].values
+    values = {name: np.asarray(f(x), float) for name, (f, _) in target.statistics.items()}
+    values = {name: v for name, v in values.items() if v.std() > 0}
+    draws = dataset(values)
+    error = az.mcse(draws, method="mean")
+    z = [abs(v.mean() - target.statistics[n][1]) / float(error[n]) for n, v in values.items()]
+    if len(values) < len(target.statistics):  # a set of positive probability was never entered
+        z.append(np.inf)
+    ess = min(float(value) for value in az.ess(draws, method="bulk").values())
+    rhat = max(float(value) for value in az.rhat(dataset({"x": x[..., 0]})).values())
+    attrs = data["sample_stats"].attrs
+    per_draw = 1000 * ess / x[..., 0].size
+    return max(z), rhat, per_draw, float(warned), attrs["pareto_k"], attrs["held_out_std"]
+
+
+if __name__ == "__main__":
+    main()
