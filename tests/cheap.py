@@ -48,7 +48,8 @@ def compiled(fun, **options):
 
 
 def _is_static(arg):
-    return callable(arg) or isinstance(arg, str | bool)
+    is_leaf = jax.tree.all(jax.tree.map(lambda leaf: leaf is arg, arg))
+    return is_leaf and (callable(arg) or isinstance(arg, str | bool))
 
 
 def fitted(svi, rng_key, num_steps, *args, **kwargs):

@@ -56,6 +56,13 @@ def usual():
     return build()
 
 
+def __getattr__(name):
+    """Return `VAE` to the modules that import it; it is built where it is asked for."""
+    if name == "VAE":
+        return usual()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @cache
 def partitioned():
     return build(guide="partitioned")

@@ -398,11 +398,11 @@ def test_a_random_step_of_each_sample_is_uniform_and_weighted():
         return jax.grad(lambda z: loss(fun, args | {"noise": z}))(args["noise"])
 
     @compiled
-    def everything():
+    def everything(one, args):
         ones = jnp.concatenate([grad(n, one) for n in range(N)])
         return ones, grad("each", one), grad("random", args)
 
-    ones, each, random = everything()
+    ones, each, random = everything(one, args)
     walk = (np.sum(ones, axis=0) - each) / (N - 1)
     candidates = walk + N * (ones - walk)
     distance = np.linalg.norm(random[:, None] - candidates, axis=-1)
