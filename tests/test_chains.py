@@ -32,7 +32,10 @@ PLANE = "line_fmala, plane"
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
-        *((name, "dense") for name in SAMPLERS),
+        *(
+            pytest.param(name, "dense", marks=pytest.mark.slow if "pc_fmala" == name else ())
+            for name in SAMPLERS
+        ),
         ("line_fmala", "low_rank"),
         *(pytest.param("line_fmala", m, marks=pytest.mark.slow) for m in ("diag", None)),
         pytest.param(PLANE, "dense", marks=pytest.mark.slow),
@@ -177,7 +180,9 @@ def test_a_callable_position_gives_the_starts():
     ("algorithm", "options"),
     [
         (lambda step_size: blackjax.mala(logdensity_fn, step_size), {"metric": None}),
-        (partial(blackjax.nuts, logdensity_fn), {"metric": "dense"}),
+        pytest.param(
+            partial(blackjax.nuts, logdensity_fn), {"metric": "dense"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_blackjax_s_own_algorithms(algorithm, options):

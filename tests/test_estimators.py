@@ -59,7 +59,7 @@ def keyed_fun(params, rng_key):
     return fun(params | {"a": substitute(a, 4 * kept * a)})
 
 
-@members(ESTIMATORS)
+@members(ESTIMATORS, quick=["reverse", "gaussian", "orthogonal", "averaged", "controlled"])
 def test_a_function_s_own_key_is_derived_from_the_estimator_s(name):
     """Independent of the tangents, too: otherwise the mean would be off."""
     value_and_grad = jax.jit(jax.vmap(ESTIMATORS[name].estimator(keyed_fun), in_axes=(0, None)))
@@ -104,7 +104,7 @@ def with_tangents(tangents, k):
     [
         *(pytest.param(m, id=name) for name, m in ESTIMATORS.items() if m.variance is not None),
         *(
-            pytest.param(with_tangents(tangents, k), id=f"{tangents}, {k}")
+            pytest.param(with_tangents(tangents, k), id=f"{tangents}, {k}", marks=pytest.mark.slow)
             for tangents in ("gaussian", "unit", "orthogonal")
             for k in (1, 12)
         ),

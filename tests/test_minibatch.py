@@ -104,10 +104,10 @@ def every_row(plates):
 @pytest.mark.parametrize(
     "model",
     [
-        *(by_index, by_subsample, nested, two_tables),
+        *(by_index, nested),
         *(
             pytest.param(model, marks=pytest.mark.slow)
-            for model in (inside_a_whole_plate, scaled_factor, groups)
+            for model in (by_subsample, two_tables, inside_a_whole_plate, scaled_factor, groups)
         ),
     ],
 )
@@ -401,6 +401,7 @@ def plain_init(position, rng_key):
     return position
 
 
+@pytest.mark.slow
 def test_sgld_is_off_by_its_step_size():
     """The variance of x' = x + h g + sqrt(2 h) z is off by h (V + P) / 2 to first order.
 
@@ -437,7 +438,9 @@ def csgld(gradient, density):
     )
 
 
-@pytest.mark.parametrize("build", [sghmc, sgnht, csgld])
+@pytest.mark.parametrize(
+    "build", [sghmc, *(pytest.param(other, marks=pytest.mark.slow) for other in (sgnht, csgld))]
+)
 def test_the_other_samplers_take_the_gradient(build):
     """With these control variates it is the exact one, and so are the draws."""
     parts = conjugate_parts()

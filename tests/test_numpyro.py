@@ -115,6 +115,7 @@ print(az.from_numpyro(mcmc).posterior["mean"].shape, mcmc.get_samples()["mean"].
 """
 
 
+@pytest.mark.slow
 def test_parallel_chains():
     run = subprocess.run([sys.executable, "-c", PARALLEL], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -423,7 +424,11 @@ def network_guide(x, y):
 @pytest.mark.optimised  # without, the two programs may round apart
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stable_update": True}, pytest.param({"progress_bar": True}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param({"stable_update": True}, marks=pytest.mark.slow),
+        pytest.param({"progress_bar": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_with_the_exact_gradient_it_is_plain_optax_bit_for_bit(options):
     y = jnp.sin(3 * ROWS)
@@ -449,7 +454,7 @@ SVI_ESTIMATORS = {
 }
 
 
-@members(SVI_ESTIMATORS, quick=["reverse", "forward"])
+@members(SVI_ESTIMATORS, quick=["forward"])
 def test_svi_finds_a_conjugate_posterior(name):
     """The guide of `scale` is a normal on the log scale; that of `mean` holds the posterior."""
     estimator, _ = SVI_ESTIMATORS[name]
@@ -461,7 +466,7 @@ def test_svi_finds_a_conjugate_posterior(name):
     assert abs(params["mean_auto_scale"] / np.sqrt(variance) - 1) < 0.1
 
 
-@members(SVI_ESTIMATORS, quick=["reverse", "forward", "all directions"])
+@members(SVI_ESTIMATORS, quick=["forward", "all directions"])
 def test_the_key_can_be_set_and_moves_on(name):
     estimator, is_random = SVI_ESTIMATORS[name]
 
