@@ -621,7 +621,6 @@ def test_warm_up_finds_the_posterior(name):
     error = jnp.std(values, axis=0) / len(values) ** 0.5
     assert jnp.all(jnp.abs(jnp.mean(values, axis=0) - jnp.asarray(expected)) < PASS * error)
     assert report.num_evaluations == 8 * 2901
-    assert report.held_out_std < 0.6
     assert jnp.mean(infos.acceptance_rate[infos.kind == 0]) > 0.6
 
 
