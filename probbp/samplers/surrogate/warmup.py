@@ -150,8 +150,12 @@ def adapt(
 ) -> tuple[SurrogateState, Parameters, Report]:
     """Run the whole warm-up.
 
-    Exact: nothing yet; the draws of warm-up are not of the posterior, those of the frozen kernel
-    are. Cost: `num_steps + 1` evaluations per chain, and seven fits.
+    Exact: nothing yet; the draws of warm-up are not of the posterior. The frozen kernel leaves the
+    posterior invariant, but a region that no chain saw in warm-up, such as the neck of a funnel, it
+    enters seldom and leaves late. R-hat does not show it: all chains share what was learned. A
+    longer warm-up helps.
+
+    Cost: `num_steps + 1` evaluations per chain, and four fits of map and surrogate.
 
     Args:
         rng_key: key of the run.
