@@ -294,7 +294,7 @@ def test_a_random_backward_pass_keeps_the_chain_exact(model, key_policy):
 @members([name for name in KERNELS if name != "mala"], quick=["fmala", "pc_line_fmala"])
 def test_a_random_backward_pass_keeps_forward_samplers_exact(name):
     # At its usual rate, the best in many dimensions, fmala's carried slopes make it stick in two.
-    kernel = Kernel(with_random_backward, KERNELS[name], target_accept_prob=0.6)
+    kernel = Kernel(with_random_backward, KERNELS[name].algorithm, target_accept_prob=0.6)
     mcmc = mcmc_of(kernel, num_samples=6_000)
     mcmc.run(jax.random.key(0), Y)
     assert_moments(az.from_numpyro(mcmc), MOMENTS)

@@ -148,3 +148,45 @@ def test_neal_s_funnel_is_distrusted():
 
     with pytest.warns(UserWarning, match="may be wrong"):
         run(funnel, jnp.zeros(10), num_warmup=2900, num_samples=1000)
+
+
+def centered_hierarchy(x):
+    """y_i ~ N(theta_i, 1), theta_i ~ N(mu, tau), mu ~ N(0, 2), log tau ~ N(0, 1)."""
+    mu, log_tau, theta = x[0], x[1], x[2:]
+    y = jnp.array([2.0, -1.0, 0.5, 1.5])
+    prior = -(mu**2) / 8 - log_tau**2 / 2 - len(y) * log_tau
+    return (
+        prior
+        - jnp.sum((theta - mu) ** 2) * jnp.exp(-2 * log_tau) / 2
+        - jnp.sum((y - theta) ** 2) / 2
+    )
+
+
+def hierarchy_moments():
+    """Return the means of mu, log tau and their squares, by quadrature: theta is integrated out."""
+    y = np.array([2.0, -1.0, 0.5, 1.5])
+    mu, log_tau = np.meshgrid(np.linspace(-12, 12, 801), np.linspace(-7, 6, 801), indexing="ij")
+    variance = 1 + np.exp(2 * log_tau)
+    log_p = -(mu**2) / 8 - log_tau**2 / 2
+    for value in y:
+        log_p += -((value - mu) ** 2) / variance / 2 - np.log(variance) / 2
+    p = np.exp(log_p - log_p.max())
+    return [(p * v).sum() / p.sum() for v in (mu, log_tau, mu**2, log_tau**2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_warmup", [580, 2900])
+def test_a_centered_hierarchy_is_right_or_distrusted(num_warmup):
+    """Its neck takes a long warm-up to be found."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = run(
+            centered_hierarchy, jnp.zeros(6), num_chains=8, num_warmup=num_warmup, num_samples=2000
+        )
+    x = data.posterior["x"].values
+    statistics = x[..., 0], x[..., 1], x[..., 0] ** 2, x[..., 1] ** 2
+    for values, truth in zip(statistics, hierarchy_moments(), strict=True):
+        batches = values.reshape(8 * 10, 200).mean(axis=1)
+        error = batches.std(ddof=1) / len(batches) ** 0.5
+        is_right = abs(batches.mean() - truth) < 4.5 * error
+        assert is_right or any("may be wrong" in str(warning.message) for warning in caught)
