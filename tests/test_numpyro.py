@@ -187,6 +187,7 @@ def test_a_potential_instead_of_a_model():
         assert abs(values.mean() - 3) < 4.5 * float(az.mcse(values))
 
 
+@pytest.mark.slow
 def test_blackjax_s_nuts_is_an_algorithm_too():
     mcmc = mcmc_of(Kernel(conjugate, blackjax.nuts, target_accept_prob=0.8), num_samples=1_000)
     mcmc.run(jax.random.key(0), Y)
@@ -232,6 +233,7 @@ def test_a_block_of_gibbs_beside_discrete_sites():
     assert abs(draws.mean() - truth) < 4.5 * float(az.mcse(draws))
 
 
+@pytest.mark.slow
 def test_pickle():
     mcmc = mcmc_of(Kernel(conjugate, partial(probbp.line_fmala, num_tangents=2)), num_samples=20)
     mcmc.run(jax.random.key(0), Y)

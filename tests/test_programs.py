@@ -252,6 +252,7 @@ def test_no_tracer_leaks_from_whole_runs():
         )
 
 
+@pytest.mark.slow
 def test_nothing_warns_on_import():
     """In a process of its own, where nothing is loaded yet."""
     code = """

@@ -443,7 +443,7 @@ def _noises(program):
 # With others the tangents are drawn leaf by leaf: the same law, other numbers.
 @members(
     [name for name in PROGRAMS if name == "mala" or "mala, " not in name.replace("fmala", "")],
-    quick=SAMPLERS,
+    quick=["mala", "fmala", "pc_line_fmala"],
 )
 def test_pytrees_and_flat_vectors_are_the_same_chain(name):
     target = TARGETS["f10"]
@@ -464,7 +464,7 @@ def test_pytrees_and_flat_vectors_are_the_same_chain(name):
     np.testing.assert_allclose(states[0], joined, rtol=1e-8)
 
 
-@members(PROGRAMS, quick=[*SAMPLERS, "line_fmala, plane"])
+@members(PROGRAMS, quick=["mala", "fmala", "pc_line_fmala", "line_fmala, plane"])
 def test_jit_vmap_and_no_recompilation(name):
     """Chains and step sizes side by side are each the chain by itself."""
     algorithm, step_size, *_ = EVERY[name]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from invariance import FAIL, PASS, largest_z_of
+from tables import members
 from targets import TARGETS, anisotropic
 
 import probbp
@@ -101,9 +102,14 @@ def absurd(target, setting, seed=0):
         (0, "float64", "g2", ROUGH),
         (1, "float32", "f2", COARSE),
         (2, "float64", "mix", HEAVY_WALK),
-        (3, "float64", "f10", Setting()),
-        (4, "float64", "mix", COARSE),
-        (5, "float32", "g2", Setting()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (3, "float64", "f10", Setting()),
+                (4, "float64", "mix", COARSE),
+                (5, "float32", "g2", Setting()),
+            )
+        ),
     ],
 )
 def test_the_target_is_invariant_under_absurd_maps_and_surrogates(seed, dtype, name, setting):
@@ -253,7 +259,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@members(WRONG, quick=list(WRONG)[:2])
 def test_the_invariance_test_rejects_every_planted_bug(name, monkeypatch):
     build, target_name, setting = WRONG[name]
     target = TARGETS[target_name]
@@ -386,8 +392,8 @@ def test_bad_options_raise(options, error, words):
 # What is learned: the map, the polynomial, the regression.
 
 
-@pytest.mark.parametrize("dim", [1, 2, 5, 10])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dim", [1, 5, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_the_map_is_a_bijection(dim, seed):
     t = absurd_transport(dim, seed) if dim > 1 else transport.fit(jax.random.gamma(KEY, 2, (99, 1)))
     z = jax.random.normal(jax.random.key(seed), (dim,))
@@ -422,7 +428,7 @@ def banana_draws(num, dim):
 
 
 @pytest.mark.parametrize(("draw", "driver"), [(funnel_draws, 3), (banana_draws, 1)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_map_finds_its_driver_and_whitens(draw, driver, dtype):
     """New draws come out as a Gaussian's, up to the inflation of the base."""
     draws = draw(6000, 4).astype(dtype)
@@ -468,7 +474,9 @@ def test_degrees():
     ]
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float64", 1e-4), ("float32", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float64", 1e-4), pytest.param("float32", 2e-2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("degree", [2, 3])
 def test_the_regression_recovers_a_polynomial(degree, dtype, error):
     dim, num = 3, 3000
@@ -488,6 +496,7 @@ def test_the_regression_recovers_a_polynomial(degree, dtype, error):
     assert jnp.std((predicted - remainder)[inside]) < error
 
 
+@pytest.mark.slow
 def test_a_gaussian_needs_no_polynomial():
     z = jax.random.normal(KEY, (2000, 3))
     fitted = regression.fit(KEY, z, -jnp.sum(z**2, axis=1) / 2, jnp.asarray(-9.0))
@@ -591,6 +600,7 @@ def test_warm_up_finds_the_posterior(name):
     assert jnp.mean(infos.acceptance_rate[infos.kind == 0]) > 0.6
 
 
+@pytest.mark.slow
 def test_warm_up_counts_its_evaluations():
     """Every one of them, and of a single chain, on a pytree in single precision."""
     calls = []
@@ -626,6 +636,7 @@ def test_a_lost_chain_is_moved_and_counted():
     assert moved.states.position[1].tolist() in carry.states.position[kept].tolist()
 
 
+@pytest.mark.slow
 def test_many_dimensions_take_an_affine_map():
     """Whose curvature comes from values alone."""
     target = anisotropic(24)
