@@ -63,4 +63,4 @@ def oscillation(mass: jax.Array, damping: Any, spring: Any, initial: Any) -> jax
         return jnp.stack([velocity, -(damping * velocity + spring * displacement) / mass])
 
     start = jnp.stack([jnp.asarray(initial, float), jnp.zeros((), float)])
-    return runge_kutta.solve(field, start, TIMES)[:, 0]
+    return runge_kutta.solve(field, start, jnp.asarray(TIMES))[:, 0]

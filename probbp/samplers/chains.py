@@ -144,8 +144,6 @@ def sample(
     own = own_warmup(algorithm, 2900 if num_warmup is None else num_warmup)
     if own is None:
         num_warmup = 1000 if num_warmup is None else num_warmup
-        if target_acceptance_rate is None:
-            target_acceptance_rate = best_acceptance_rate(algorithm)
         warmup_chunk = -(-num_warmup // NUM_UPDATES)
         num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
     else:
@@ -166,7 +164,9 @@ def sample(
         adapt = adaptation(
             optax.tree.size(position),
             num_warmup,
-            target_acceptance_rate,
+            best_acceptance_rate(algorithm)
+            if target_acceptance_rate is None
+            else target_acceptance_rate,
             metric=metric,
             initial_step_size=initial_step_size,
         )
