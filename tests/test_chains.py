@@ -12,6 +12,7 @@ from tables import PROGRAMS, SAMPLERS
 from targets import anisotropic
 
 import probbp
+from probbp.samplers.adaptation import adaptation
 
 quiet = partial(probbp.sample, progress_bar=False)
 
@@ -198,6 +199,27 @@ def test_blackjax_s_own_algorithms(algorithm, options):
         **options,
     )
     assert float(data.sample_stats["acceptance_rate"].mean()) > 0.5
+
+
+def test_the_scale_is_learnt_from_the_windows_alone():
+    """Where a chain comes from, and what it does while the step size settles, say nothing of it."""
+    adapt = adaptation(2, 500, 0.5, metric="diag")
+    serves_scale = np.asarray(adapt.schedule)[:, :1]
+    draws = np.random.default_rng(0).normal(size=(500, 2)) * [1.0, 3.0]
+    positions = np.where(serves_scale, draws, 1e4 * draws)
+
+    @jax.jit
+    def learn(positions):
+        def body(state, inputs):
+            state = adapt.update(state, *inputs, 0.5)
+            return state, state.inverse_mass_matrix
+
+        return jax.lax.scan(body, adapt.initial, (adapt.schedule, positions))[1]
+
+    assert 0 < serves_scale.sum() < 500
+    learnt = learn(positions)
+    np.testing.assert_allclose(learnt[-1], [1.0, 9.0], rtol=0.5)
+    assert np.all(learnt < [4.0, 36.0])  # after the first window, too
 
 
 def test_warmup_returns_what_the_algorithm_takes():
