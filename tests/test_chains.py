@@ -217,7 +217,7 @@ def test_the_scale_is_learnt_from_the_windows_alone():
         return jax.lax.scan(body, adapt.initial, (adapt.schedule, positions))[1]
 
     assert 0 < serves_scale.sum() < 500
-    learnt = learn(positions)
+    learnt = np.asarray(learn(positions))
     np.testing.assert_allclose(learnt[-1], [1.0, 9.0], rtol=0.5)
     assert np.all(learnt < [4.0, 36.0])  # after the first window, too
 
