@@ -1,5 +1,6 @@
 """Double precision everywhere; tests of single precision pass float32 positions."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -13,9 +14,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if version("jax").startswith("0.10."):
     # XLA's older way to compile a fused loop for a CPU, in three fifths of the time; JAX 0.12
-    # has no such flag. Read once, when JAX starts; processes that tests start inherit it.
+    # has no such flag. Each program in one piece, as the other core has tests of its own. Read
+    # once, when JAX starts; processes that tests start inherit it.
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
     )
 
 import jax
@@ -45,6 +48,13 @@ for name, value in {
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)  # for the processes that tests start
+
+
+def pytest_collection_finish():
+    """Spare the collector the modules, which stay; tracing makes many objects and few cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_sessionfinish(session):

@@ -34,7 +34,7 @@ PLANE = "line_fmala, plane"
     ("name", "metric"),
     [
         *(
-            pytest.param(name, "dense", marks=pytest.mark.slow if "pc_fmala" == name else ())
+            pytest.param(name, "dense", marks=() if name == "mala" else pytest.mark.slow)
             for name in SAMPLERS
         ),
         ("line_fmala", "low_rank"),

@@ -224,6 +224,7 @@ def test_the_log_density_is_the_sampler_s_and_its_gradient_the_kept_steps():
     assert len(np.unique(np.round(grads[:, 0], 9))) > 5
 
 
+@pytest.mark.slow
 def test_svi_over_noise_and_a_condition():
     """A condition that the denoiser closes over is found along with the noise."""
 
@@ -428,6 +429,7 @@ def test_a_condition_tells_and_can_be_left_out():
         small()(x, t, np.zeros((3, 2)))
 
 
+@pytest.mark.slow
 def test_a_condition_that_is_always_dropped_is_not_learnt():
     labels = np.eye(2)[np.arange(500) % 2]
     for drop in (0.0, 1.0):
@@ -462,6 +464,7 @@ def test_what_diverges_says_so():
         diffusion.train(key_of(0), small(), rows(), SCHEDULE, num_steps=0)
 
 
+@pytest.mark.slow
 def test_tuning_moves_the_samples():
     target = np.array([1.0, -0.5])
     network = small()

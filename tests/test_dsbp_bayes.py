@@ -81,6 +81,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.slow
 def test_chains_with_any_of_them_are_exact():
     """Scale from the Hessian; forces from the gradient, a projection, a penalty, a wrong sign."""
     target = anisotropic(SIZE)

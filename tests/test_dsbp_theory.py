@@ -381,6 +381,7 @@ def of_the_labels(key, x, y):
     return (direction / jnp.linalg.norm(direction))[:, None]
 
 
+@pytest.mark.slow
 def test_the_bound_holds_over_draws_of_the_data_unless_the_basis_has_seen_them():
     keys = jax.random.split(KEYS[5], 100)
     run = compiled(jax.vmap(partial(certified, basis_of=of_chance)))

@@ -445,6 +445,7 @@ def test_directions_are_as_few_as_hold_the_share_and_those_before_stay():
     assert transfer.used_directions(np.array(low)).shape == (7, 3)
 
 
+@pytest.mark.slow
 def test_on_digits_a_network_learns_five_more_classes_and_keeps_the_old_logits():
     """Every layer protected: the outputs for the old examples stay through the whole network."""
     data = load_digits()

@@ -227,6 +227,7 @@ def test_the_bound_holds_at_the_end(act, lipschitz):
     np.testing.assert_allclose(end_to_end_bound([one, scaled], lipschitz=0.25), expected)
 
 
+@pytest.mark.slow
 def test_on_digits_it_loses_less_than_plain_truncation_out_of_sample():
     data = load_digits()
     x, y = data.data / 16, jax.nn.one_hot(data.target, 10)

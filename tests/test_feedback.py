@@ -543,6 +543,7 @@ def test_with_decay_the_linear_network_aligns_by_the_closed_form():
     assert abs(cosine[-1] - solved(decay, 1.0, length=4.0)[0]) < 0.02
 
 
+@pytest.mark.slow
 def test_without_decay_the_linear_network_s_alignment_falls_like_one_over_the_width():
     x = np.eye(4)
     y = 8 * np.array([1.0, 0.0, 0.0, 0.0])
@@ -706,6 +707,7 @@ def mlp(*sizes, key=0):
     return nnx.Sequential(*[part for linear in linears for part in (linear, jnp.tanh)][:-1])
 
 
+@pytest.mark.slow
 def test_a_guide_learns_through_feedback_weights_beside_an_exact_model():
     x = drawn(0, 16, 6)
 

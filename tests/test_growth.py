@@ -239,6 +239,7 @@ def test_a_small_network_grows_what_it_lacks():
     assert [event.num_dendrites for event in grown] == [4, 8]
 
 
+@pytest.mark.slow
 def test_the_same_key_grows_the_same_network_in_slots_or_without(tmp_path):
     options = {"max_sets": 1, "patience": 3, "max_epochs": 6, "progress_bar": False}
     host = friedman_host()
@@ -255,7 +256,9 @@ def test_the_same_key_grows_the_same_network_in_slots_or_without(tmp_path):
     assert result.history[-1].num_params == sum(map(ops.num_params, result.dendrites.values()))
 
 
-@pytest.mark.parametrize("acceptance", ["score test", "evidence"])
+@pytest.mark.parametrize(
+    "acceptance", [pytest.param("score test", marks=pytest.mark.slow), "evidence"]
+)
 def test_neurons_get_what_they_ask_for(acceptance):
     """The first neuron of each layer errs by a branch, the second by noise."""
     x, noise = normal(1, 900, 2), normal(2, 900, 2)
@@ -402,6 +405,7 @@ def bayesian(x, y=None, *, layer):
         numpyro.sample("y", dist.Normal(layer("out", x, w), 0.3).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_growth_in_svi_moves_the_elbo_as_foretold():
     x = normal(1, 200, 2)
     # The first output has a branch; nothing is left to grow for the second.

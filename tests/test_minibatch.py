@@ -350,6 +350,7 @@ def test_kernel_draws_a_mini_batch_each_step():
     assert 0.5 < noise.std() / sd < 1.5
 
 
+@pytest.mark.slow
 def test_probbp_sample():
     parts = conjugate_parts()
     data = probbp.sample(
@@ -509,6 +510,7 @@ def test_the_value_does_not_hang_on_the_key():
     assert np.all(values == -np.inf)
 
 
+@pytest.mark.slow
 def test_data_may_be_an_argument():
     """Inside a compiled function the data are its argument, and no constant of the program."""
     data = jnp.asarray(np.random.default_rng(1).normal(size=50_000))

@@ -135,6 +135,7 @@ az.from_numpyro(mcmc)
 """
 
 
+@pytest.mark.slow
 def test_arviz_may_be_imported_first():
     run = subprocess.run([sys.executable, "-c", IMPORT_ORDER], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -275,12 +276,12 @@ def with_random_backward_in_a_loop(y):
     ("model", "key_policy"),
     [
         (with_random_backward, "carried"),
-        (with_random_backward_in_a_loop, "shared"),
         *(
             pytest.param(model, policy, marks=pytest.mark.slow)
             for model, policy in (
                 (with_random_backward, "refreshed"),
                 (with_random_backward, "shared"),
+                (with_random_backward_in_a_loop, "shared"),
                 (with_random_backward_in_a_loop, "carried"),
                 (with_random_backward_in_a_loop, "refreshed"),
             )
@@ -489,6 +490,7 @@ def test_the_key_can_be_set_and_moves_on(name):
     )
 
 
+@pytest.mark.slow
 def test_what_remembers_belongs_in_the_transformation():
     """A stateless transformation may stand on either side."""
     results = [

@@ -528,6 +528,7 @@ def guide_of(spread):
     return encoder
 
 
+@pytest.mark.slow
 def test_pareto_k_tells_a_narrow_guide_from_the_right_one():
     ks = {}
     for spread in (1.0, 0.3):

@@ -235,6 +235,7 @@ def test_no_tracer_leaks(name):
         jax.eval_shape(algorithm.step, jax.random.key(1), state)
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks_from_whole_runs():
     y = jnp.arange(5.0)
     with jax.checking_leaks():

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -95,6 +96,7 @@ def test_a_run_has_a_variable_for_each_leaf(tree):
     assert found == sorted((2, 3, *leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @few(max_examples=8)
 @given(tree=trees(leaves()), strength=st.sampled_from([-1.0, 0.0, 0.5]))
 def test_substitutes_keep_values_bit_for_bit(tree, strength):
@@ -114,6 +116,7 @@ def test_substitutes_keep_values_bit_for_bit(tree, strength):
         )
 
 
+@pytest.mark.slow
 @few(max_examples=6)
 @given(
     batch=st.integers(1, 3),
@@ -133,6 +136,7 @@ def test_feedback_through_the_kernel_itself_is_backpropagation(batch, sizes, dty
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
+@pytest.mark.slow
 @few(max_examples=3)
 @given(
     batch=st.integers(1, 2),
@@ -186,6 +190,7 @@ def test_the_spectral_transform_takes_any_tree(tree, mode):
         assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @few(max_examples=8)
 @given(
     logits=arrays(

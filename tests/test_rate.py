@@ -328,11 +328,9 @@ BERNOULLI = partial(rate.bernoulli, KEYS[6])
 
 @pytest.mark.parametrize(
     ("case", "encode"),
-    [("dense", rate.constant), ("residual", BERNOULLI)]
-    + [
-        pytest.param(case, BERNOULLI, marks=pytest.mark.slow)
-        for case in CASES
-        if case != "residual"
+    [
+        ("dense", rate.constant),
+        *(pytest.param(case, BERNOULLI, marks=pytest.mark.slow) for case in CASES),
     ],
 )
 def test_both_orders_have_one_gradient(case, encode):
@@ -484,6 +482,7 @@ def latency(x, num_steps):
     return (jnp.arange(num_steps)[:, None, None] == when).astype(x.dtype)
 
 
+@pytest.mark.slow
 def test_timed_spikes_are_not_seen_and_the_diagnostic_says_so():
     num_steps = 16
     x = np.random.default_rng(4).uniform(size=(BATCH, 20))

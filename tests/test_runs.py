@@ -494,6 +494,7 @@ def key_is_third(key):
 # Any loop
 
 
+@pytest.mark.slow
 def test_svi_that_was_interrupted(tmp_path, monkeypatch):
     whole = long_run.optimise(None, 1)
     fit = long_run.svi()

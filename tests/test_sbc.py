@@ -154,6 +154,7 @@ def test_autocorrelated_draws_are_rejected():
     assert result.ranks["mu"].std() > 99 / 12**0.5  # both ends
 
 
+@pytest.mark.slow
 def test_the_way_of_running_changes_nothing():
     run = partial(
         calibrate_normal,

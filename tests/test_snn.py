@@ -60,7 +60,7 @@ def cosine(a, b):
 @pytest.mark.parametrize(
     "norm",
     [
-        pytest.param(norm, id=name, marks=pytest.mark.slow if name == "group" else ())
+        pytest.param(norm, id=name, marks=() if name == "layer" else pytest.mark.slow)
         for name, norm in NORMS.items()
     ],
 )
@@ -101,6 +101,7 @@ X = normal(0, 40, 5) + 1
 LABELS = (X[:, 0] > 1).astype(int) + (X[:, 1] > 1.5)
 
 
+@pytest.mark.slow
 def test_the_model_is_fitted_by_svi_and_predicts():
     model = partial(snn.model, network=NETWORK, num_steps=6, temperature=0.2)
     simulated = partial(model, simulate=partial(rate.simulate, gradient="bptt"))

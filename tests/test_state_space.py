@@ -178,6 +178,7 @@ def test_nuts_draws_the_same():
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-6 * expected.std())
 
 
+@pytest.mark.slow
 def test_svi_draws_the_same_losses():
     def losses(scan):
         model = partial(state_space.garch, scan=scan)

@@ -351,6 +351,7 @@ def test_a_log_density_that_is_no_number_is_a_rejection():
     assert not jnp.any(infos.is_divergent & infos.is_accepted)
 
 
+@pytest.mark.slow
 def test_blackjax_smc_takes_it():
     t, g = absurd_transport(2), absurd_surrogate(2, size=0.3)
     smc = blackjax.adaptive_tempered_smc(
@@ -392,7 +393,7 @@ def test_bad_options_raise(options, error, words):
 # What is learned: the map, the polynomial, the regression.
 
 
-@pytest.mark.parametrize("dim", [1, 5, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 10))])
+@pytest.mark.parametrize("dim", [5, *(pytest.param(d, marks=pytest.mark.slow) for d in (1, 2, 10))])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_the_map_is_a_bijection(dim, seed):
     t = absurd_transport(dim, seed) if dim > 1 else transport.fit(jax.random.gamma(KEY, 2, (99, 1)))
@@ -427,7 +428,9 @@ def banana_draws(num, dim):
     return z.at[:, 0].set(z[:, 1] ** 2 + 0.3 * z[:, 0])
 
 
-@pytest.mark.parametrize(("draw", "driver"), [(funnel_draws, 3), (banana_draws, 1)])
+@pytest.mark.parametrize(
+    ("draw", "driver"), [(funnel_draws, 3), pytest.param(banana_draws, 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_map_finds_its_driver_and_whitens(draw, driver, dtype):
     """New draws come out as a Gaussian's, up to the inflation of the base."""
@@ -455,7 +458,16 @@ def test_a_gaussian_has_no_driver():
     np.testing.assert_array_equal(t.marginals[2:], [[0.0] * 6, [1.0] * 6])
 
 
-@pytest.mark.parametrize(("dim", "degree"), [(1, 6), (3, 6), (4, 3), (10, 4), (20, 2)])
+@pytest.mark.parametrize(
+    ("dim", "degree"),
+    [
+        (4, 3),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in ((1, 6), (3, 6), (10, 4), (20, 2))
+        ),
+    ],
+)
 def test_the_polynomial_and_its_gradient(dim, degree):
     coefficients = jax.random.normal(KEY, (polynomial.num_monomials(dim, degree),))
     g = polynomial.from_coefficients(coefficients, dim, degree)
@@ -477,7 +489,7 @@ def test_degrees():
 @pytest.mark.parametrize(
     ("dtype", "error"), [("float64", 1e-4), pytest.param("float32", 2e-2, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("degree", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_regression_recovers_a_polynomial(degree, dtype, error):
     dim, num = 3, 3000
     g = absurd_surrogate(dim, degree=degree)

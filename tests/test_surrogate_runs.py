@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpyro.infer import MCMC
 
 import probbp
-from probbp.numpyro import Kernel
 from probbp.samplers.surrogate.pooled import schedule_of
 from probbp.samplers.surrogate.trust import pareto_k, warn_of_distrust
 
@@ -29,6 +27,7 @@ def run(logdensity_fn=banana, position=START, **options):
     return probbp.sample(KEY, partial(probbp.surrogate, logdensity_fn), position, **options)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_right_moments_and_says_what_it_cost():
     data = run(num_chains=8, num_samples=1000)
     a, b = data.posterior["a"].values, data.posterior["b"].values
@@ -55,12 +54,16 @@ def test_a_run_has_the_right_moments_and_says_what_it_cost():
 
 
 def test_a_schedule_learns_where_its_stretches_end():
-    schedule = np.asarray(schedule_of(3))
+    schedule = np.asarray(schedule_of(29 * 3))
     assert schedule.shape == (29 * 3, 2)
     assert schedule[:, 0].sum() == 14 * 3
     ends = np.flatnonzero(schedule[:, 1])
     np.testing.assert_array_equal(ends + 1, 3 * np.cumsum([1, 2, 4, 8, 2, 4, 8]))
     np.testing.assert_array_equal(schedule[ends, 1], [1, 1, 1, 2, 2, 2, 3])
+    for num_steps in (1, 5, 30, 100):  # what is learned last is what is frozen
+        schedule = np.asarray(schedule_of(num_steps))
+        assert len(schedule) == num_steps
+        assert schedule[-1, 1] == 3
 
 
 @pytest.mark.slow
@@ -101,11 +104,6 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
 def test_what_does_not_concern_it_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
-
-
-def test_numpyro_s_mcmc_points_to_sample():
-    with pytest.raises(ValueError, match=r"Run it by probbp\.sample"):
-        MCMC(Kernel(lambda: None, probbp.surrogate), num_warmup=1, num_samples=1)
 
 
 def test_the_log_density_must_be_bound():

@@ -640,6 +640,7 @@ for a, b in zip(expected, compiled(split, jax.random.key(1))):
 """
 
 
+@pytest.mark.slow
 def test_a_batch_on_two_devices_is_not_gathered():
     run = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -3,9 +3,11 @@
 import numpyro.infer
 from numpyro.infer import initialization
 
-from probbp.numpyro.kernel import Kernel, KernelState
+from probbp.numpyro.kernel import Kernel
 from probbp.numpyro.minibatch import Minibatch, Subsampled, subsampled
 from probbp.numpyro.optim import Optim, OptimState
+from probbp.numpyro.pooled import surrogate_report
+from probbp.numpyro.state import KernelState
 
 __all__ = [
     "Kernel",
@@ -15,6 +17,7 @@ __all__ = [
     "OptimState",
     "Subsampled",
     "subsampled",
+    "surrogate_report",
 ]
 
 # ArviZ 1 loads NumPyro lazily. If it is imported before NumPyro, `numpyro.infer` is executed twice

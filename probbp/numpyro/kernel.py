@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +14,13 @@ from numpyro.infer.util import initialize_model
 from numpyro.util import identity, is_prng_key
 
 from probbp.numpyro.calls import Plates, handed, inspect_model
+from probbp.numpyro.pooled import first_chain, init_chains, of_one_chain, step_chains
 from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
+from probbp.numpyro.state import KernelState
 from probbp.samplers import checks
-from probbp.samplers.adaptation import AdaptationState, Metric, adaptation, parameters
-from probbp.samplers.algorithm import brings_warmup, target_acceptance_rate
+from probbp.samplers.adaptation import Metric, adaptation, parameters
+from probbp.samplers.algorithm import brings_warmup, own_warmup, target_acceptance_rate
 from probbp.types import LogDensity, Tree
-
-
-class KernelState(NamedTuple):
-    """State of `Kernel`, under the names that NumPyro and ArviZ read.
-
-    Attributes:
-        i: steps made, warm-up included.
-        z: the position, unconstrained.
-        potential_energy: minus the log density at z.
-        accept_prob: acceptance probability of the last proposal.
-        mean_accept_prob: its running mean, started anew after warm-up.
-        diverging: whether the last proposal had a log density that was NaN or infinite.
-        adapt_state: step size and inverse mass matrix, frozen after warm-up.
-        algorithm_state: the state of the algorithm itself.
-        rng_key: key of the next step.
-    """
-
-    i: jax.Array
-    z: Tree
-    potential_energy: jax.Array
-    accept_prob: jax.Array
-    mean_accept_prob: jax.Array
-    diverging: jax.Array
-    adapt_state: AdaptationState
-    algorithm_state: Any
-    rng_key: jax.Array
 
 
 class Kernel(MCMCKernel):
@@ -96,7 +73,6 @@ class Kernel(MCMCKernel):
     """
 
     sample_field = "z"
-    default_fields = ("z", "diverging")
 
     def __init__(  # noqa: D107 (the class has the docstring)
         self,
@@ -115,12 +91,8 @@ class Kernel(MCMCKernel):
         if algorithm is None:
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
         if brings_warmup(algorithm):
-            raise ValueError(
-                "This algorithm learns from all chains together in a warm-up of its own, which "
-                "NumPyro's MCMC has no place for. Run it by probbp.sample, on the potential of "
-                "numpyro.infer.util.initialize_model."
-            )
-        if target_accept_prob is None:
+            _refuse_beside_own_warmup(step_size, target_accept_prob, metric)
+        elif target_accept_prob is None:
             target_accept_prob = target_acceptance_rate(algorithm)
         self._model = model
         self._algorithm = algorithm
@@ -140,6 +112,11 @@ class Kernel(MCMCKernel):
         self._sample_fn: Callable | None = None
 
     @property
+    def default_fields(self) -> tuple[str, ...]:
+        """What is collected without being asked for."""
+        return ("z", "diverging", *(["log_weight"] if brings_warmup(self._algorithm) else []))
+
+    @property
     def model(self) -> Callable | None:
         """The model, which ArviZ reads; `None` for a kernel from a potential."""
         return self._model
@@ -151,6 +128,8 @@ class Kernel(MCMCKernel):
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)
+        if brings_warmup(self._algorithm):
+            return self._init_pooled(rng_key, num_warmup, start, model_args, model_kwargs)
         num_chains = 1 if is_single else len(rng_key)
         adapt = adaptation(
             optax.tree.size(start) // num_chains,
@@ -199,12 +178,19 @@ class Kernel(MCMCKernel):
 
     def get_diagnostics_str(self, state):
         """Return what the progress bar says."""
-        return (
-            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
-        )
+        acceptance = f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
+        if brings_warmup(self._algorithm):
+            held_out_std = state.adapt_state.learned.report.held_out_std
+            return f"held-out error {held_out_std:.2f}. {acceptance}"
+        return f"step size {state.adapt_state.step_size:.2e}. {acceptance}"
 
     def refresh(self, state, model_args, model_kwargs):
         """Recompute what the state holds of the log density, for changed conditioning values."""
+        if brings_warmup(self._algorithm):
+            raise ValueError(
+                "This algorithm learns one log density, and is no block of Gibbs, where that "
+                "changes at each step. Take probbp.pc_line_fmala for the block."
+            )
         rng_key, key_init = jax.random.split(state.rng_key)
         bound = self._bind(state.adapt_state, model_args, model_kwargs or {})
         algorithm_state = bound.init(state.z, key_init)
@@ -253,6 +239,26 @@ class Kernel(MCMCKernel):
             check_rows(density, self._plates, self._batch_size, one_start)
         return start
 
+    def _init_pooled(self, rng_key, num_warmup, start, model_args, model_kwargs):
+        """Return the first state for an algorithm whose chains learn from each other."""
+
+        def bind(model_args, model_kwargs):
+            bound = partial(self._algorithm, self._logdensity_fn(model_args, model_kwargs))
+            return bound, own_warmup(bound, num_warmup, in_chunks=False)
+
+        def sample_chains(state, model_args, model_kwargs):
+            algorithm, warmup = bind(model_args, model_kwargs)
+            step = partial(step_chains, warmup, algorithm, num_warmup)
+            return (of_one_chain(step) if is_single else step)(state)
+
+        is_single = is_prng_key(rng_key)
+        self._sample_fn = sample_chains
+        _, warmup = bind(model_args, model_kwargs)
+        if not is_single:
+            return init_chains(warmup, rng_key, start)
+        start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], start)
+        return first_chain(init_chains(warmup, rng_key[None], start))
+
     def _bind(self, adapt_state, model_args, model_kwargs):
         """Return the algorithm on this model's log density with the current parameters."""
         logdensity_fn = self._logdensity_fn(model_args, model_kwargs)
@@ -297,22 +303,10 @@ class Kernel(MCMCKernel):
             adapt_state = jax.lax.cond(
                 state.i == num_warmup - 1, adapt.final, lambda s: s, adapt_state
             )
-        i = state.i + 1
-        num = jnp.where(i <= num_warmup, i, i - num_warmup)
-        mean = jnp.where(num == 1, 0.0, state.mean_accept_prob)
-        accept_prob = info.acceptance_rate.astype(mean.dtype)
         diverging = getattr(info, "is_divergent", jnp.array(False))
-        return KernelState(
-            i,
-            algorithm_state.position,
-            -algorithm_state.logdensity,
-            accept_prob,
-            mean + (accept_prob - mean) / num,
-            diverging,
-            adapt_state,
-            algorithm_state,
-            rng_key,
-        )
+        return state.advanced(
+            num_warmup, algorithm_state, info.acceptance_rate, diverging
+        )._replace(adapt_state=adapt_state, rng_key=rng_key)
 
     def __getstate__(self):
         """Leave closures out of a pickle; `init` makes them anew."""
@@ -321,3 +315,18 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
+
+
+def _refuse_beside_own_warmup(step_size, target_accept_prob, metric):
+    """Raise for what does not concern an algorithm that brings its own warm-up."""
+    given = {
+        "step_size": step_size != 1.0,
+        "target_accept_prob": target_accept_prob is not None,
+        "metric": metric != "diag",
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise ValueError(
+            f"This algorithm learns from its chains by a warm-up of its own: leave out "
+            f"{', '.join(names)}."
+        )

@@ -10,7 +10,7 @@ import jax
 from blackjax import GenerateSamplingAPI
 from blackjax.base import SamplingAlgorithm
 
-from probbp.types import LogDensity, Tree
+from probbp.types import Tree
 
 
 class Warmup(NamedTuple):
@@ -26,7 +26,7 @@ class Warmup(NamedTuple):
         run: `(rng_key, carry, schedule) -> (carry, acceptance rates)`, a chunk of steps; the rates
             are (chains, steps).
         parameters: `rest -> parameters` of the algorithm, which all chains share.
-        report: `(rest, sample_stats) -> dict`, what was learned and what it cost, as numbers; it
+        report: `(rest, log_weight) -> dict`, what was learned and what it cost, as numbers; it
             warns where the draws can't be trusted.
     """
 
@@ -48,11 +48,11 @@ class Algorithm(GenerateSamplingAPI):
     `functools.partial(algorithm, **options)` both work.
 
     One that needs more than a step size and a scale brings its own warm-up,
-    `(logdensity_fn, num_steps) -> Warmup`.
+    `(logdensity_fn, num_steps, in_chunks) -> Warmup`.
     """
 
     target_acceptance_rate: Callable[..., float]
-    warmup: Callable[[LogDensity, int], Warmup] | None = None
+    warmup: Callable[..., Warmup] | None = None
 
     def __post_init__(self) -> None:
         """Show the docstring of the algorithm, not of this class."""
@@ -104,12 +104,14 @@ def brings_warmup(algorithm: Callable) -> bool:
     return getattr(_unwrapped(algorithm)[0], "warmup", None) is not None
 
 
-def own_warmup(algorithm: Callable, num_steps: int) -> Warmup | None:
+def own_warmup(algorithm: Callable, num_steps: int, *, in_chunks: bool = True) -> Warmup | None:
     """Return the warm-up that an algorithm on a log density brings, `None` where it brings none.
 
     Args:
         algorithm: such as `functools.partial(probbp.surrogate, logdensity_fn)`.
         num_steps: length of the warm-up.
+        in_chunks: whether it is made in chunks, and `num_steps` rounded up to a multiple of them;
+            else step by step.
     """
     if not brings_warmup(algorithm):
         return None
@@ -120,7 +122,7 @@ def own_warmup(algorithm: Callable, num_steps: int) -> Warmup | None:
             "This algorithm learns from values of the log density: give it as "
             "functools.partial(probbp.surrogate, logdensity_fn)."
         )
-    return algorithm.warmup(logdensity_fn, num_steps)
+    return algorithm.warmup(logdensity_fn, num_steps, in_chunks)
 
 
 def _unwrapped(algorithm):

@@ -298,7 +298,7 @@ def sample(
     data = sink.read(step_size)
     if own is not None:
         stats = data["sample_stats"]
-        stats.attrs.update(own.report(on.get(adapted), stats))
+        stats.attrs.update(own.report(on.get(adapted), stats["log_weight"].values))
     return data
 
 

@@ -253,6 +253,12 @@ def pc_as_top_level_api(
     )
 
 
+def target_acceptance_rate(**options) -> float:
+    """Return the acceptance rate to tune `fmala` for, that of a random walk."""
+    del options
+    return 0.234
+
+
 def pc_target_acceptance_rate(key_policy: KeyPolicy = "shared", **options) -> float:
     """Return the acceptance rate to tune `pc_fmala` for.
 
@@ -274,5 +280,5 @@ def pc_target_acceptance_rate(key_policy: KeyPolicy = "shared", **options) -> fl
 build_fmala_kernel = partial(build_kernel, no_curvature, "carried")
 build_pc_fmala_kernel = partial(build_kernel, hessian, "shared")
 
-fmala = Algorithm(as_top_level_api, init, build_fmala_kernel, lambda **options: 0.234)
+fmala = Algorithm(as_top_level_api, init, build_fmala_kernel, target_acceptance_rate)
 pc_fmala = Algorithm(pc_as_top_level_api, init, build_pc_fmala_kernel, pc_target_acceptance_rate)

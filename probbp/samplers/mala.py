@@ -179,7 +179,13 @@ def as_top_level_api(
     )
 
 
-mala = Algorithm(as_top_level_api, init, build_kernel, lambda **options: 0.574)
+def target_acceptance_rate(**options) -> float:
+    """Return the acceptance rate to tune for, the best in many dimensions."""
+    del options
+    return 0.574
+
+
+mala = Algorithm(as_top_level_api, init, build_kernel, target_acceptance_rate)
 
 
 class Local(NamedTuple):

@@ -46,13 +46,8 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "anisotropic" else pytest.mark.slow)
-        for name in TARGETS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
 def test_acceptance_of_pc_line_on_any_gaussian(name):
     make, dim = TARGETS[name]
     target = make(dim)
@@ -92,6 +87,7 @@ def test_acceptance_of_line_is_a_mean_over_lines():
     assert abs(jnp.mean(rates) - jnp.mean(expected)) < 3.5 * error
 
 
+@pytest.mark.slow
 def test_the_published_pc_fmala_has_a_ceiling_and_a_shared_tangent_has_none():
     """As the step vanishes, fresh tangents disagree about the scale, in the limit of large d.
 
@@ -126,6 +122,7 @@ def test_small_steps_are_accepted(algorithm):
     assert jnp.mean(rates) > 0.999
 
 
+@pytest.mark.slow
 def test_an_unbiased_drift_hurts():
     """The drift times d is unbiased for the gradient, and accepts far less at the same step.
 

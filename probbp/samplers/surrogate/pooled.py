@@ -23,6 +23,8 @@ from probbp.types import LogDensity
 LEARN = ("rescale", "refit", "freeze")
 """What may be learned after a chunk; zero in the schedule is nothing, the others follow."""
 
+NUM_STRETCHES = sum(WALKS) + sum(ROUNDS)
+
 
 class Rest(NamedTuple):
     """What warm-up carries besides the kernel's states.
@@ -36,12 +38,15 @@ class Rest(NamedTuple):
     learned: WarmupState
 
 
-def warmup(logdensity_fn: LogDensity, num_steps: int) -> Warmup:
+def warmup(logdensity_fn: LogDensity, num_steps: int, in_chunks: bool = True) -> Warmup:
     """Write the warm-up on a log density.
 
     Args:
         logdensity_fn: log density up to a constant.
-        num_steps: of each chain, rounded up to a multiple of 29.
+        num_steps: of each chain.
+        in_chunks: whether `num_steps` is rounded up to a multiple of 29, so that all chunks are of
+            the same length, and something is learned at the end of one alone. Else a chunk is one
+            step.
 
     Raises:
         ValueError: for no steps: without them there is nothing to sample with.
@@ -51,8 +56,8 @@ def warmup(logdensity_fn: LogDensity, num_steps: int) -> Warmup:
             "probbp.surrogate learns all that it samples with in warm-up: num_warmup must be "
             f"positive, got {num_steps}. Some thousands of steps are usual, and 2900 the default."
         )
-    chunk = -(-num_steps // (sum(WALKS) + sum(ROUNDS)))
-    schedule = schedule_of(chunk)
+    chunk = -(-num_steps // NUM_STRETCHES) if in_chunks else 1
+    schedule = schedule_of(chunk * NUM_STRETCHES if in_chunks else num_steps)
 
     def start(starts):
         return split(init(logdensity_fn, starts, len(schedule)))
@@ -60,26 +65,32 @@ def warmup(logdensity_fn: LogDensity, num_steps: int) -> Warmup:
     def run(rng_key, carry, schedule):
         key_steps, key_learn = jax.random.split(rng_key)
         is_round, learn = schedule[0, 0], schedule[-1, 1]
-        steps = [partial(run_steps, key_steps, logdensity_fn, kind) for kind in ("walk", "round")]
-        learned, rates = jax.lax.cond(
-            is_round == 1, partial(steps[1], chunk), partial(steps[0], chunk), joined(carry)
+        walk, rounds = (
+            partial(run_steps, key_steps, logdensity_fn, kind, len(schedule))
+            for kind in ("walk", "round")
         )
-        stages = [partial(_learn, key_learn, logdensity_fn, kind) for kind in LEARN]
-        return split(jax.lax.switch(learn, [lambda same: same, *stages], learned)), rates
+        learned, rates = jax.lax.cond(is_round == 1, rounds, walk, joined(carry))
+        same = lambda carry: carry
+        rescaled, refitted, frozen = (
+            partial(_learn, key_learn, logdensity_fn, kind) for kind in LEARN
+        )
+        # What is frozen is refitted first; the fit, which is long to compile, is there once.
+        learned = jax.lax.switch(jnp.minimum(learn, 2), [same, rescaled, refitted], learned)
+        return split(jax.lax.cond(learn == 3, frozen, same, learned)), rates
 
     return Warmup(schedule, chunk, start, run, parameters, report)
 
 
-def schedule_of(chunk: int) -> jax.Array:
-    """Return whether each step is a round's, and what is learned after it, (29 * chunk, 2)."""
-    counts = (*WALKS, *ROUNDS)
-    rows = np.zeros((sum(counts), chunk, 2), int)
-    rows[sum(WALKS) :, :, 0] = 1
-    ends = np.cumsum(counts) - 1
-    rows[ends, -1, 1] = 1 + LEARN.index("refit")
-    rows[ends[: len(WALKS) - 1], -1, 1] = 1 + LEARN.index("rescale")
-    rows[ends[-1], -1, 1] = 1 + LEARN.index("freeze")
-    return jnp.asarray(rows.reshape(-1, 2))
+def schedule_of(num_steps: int) -> jax.Array:
+    """Return whether each step is a round's, and what is learned after it, (num_steps, 2)."""
+    ends = np.cumsum((*WALKS, *ROUNDS)) * num_steps // NUM_STRETCHES
+    rows = np.zeros((num_steps, 2), int)
+    rows[ends[len(WALKS) - 1] :, 0] = 1
+    last = np.maximum(ends - 1, 0)
+    rows[last[: len(WALKS) - 1], 1] = 1 + LEARN.index("rescale")
+    rows[last[len(WALKS) - 1 :], 1] = 1 + LEARN.index("refit")
+    rows[-1, 1] = 1 + LEARN.index("freeze")
+    return jnp.asarray(rows)
 
 
 def parameters(rest: Rest) -> dict[str, Any]:
@@ -87,18 +98,23 @@ def parameters(rest: Rest) -> dict[str, Any]:
     return rest.learned.parameters._asdict()
 
 
-def report(rest: Rest, sample_stats: Any) -> dict[str, float]:
-    """Return what was learned, at what cost, and whether the draws may be trusted."""
+def report(rest: Rest, log_weight: Any) -> dict[str, float]:
+    """Return what was learned, at what cost, and whether the draws may be trusted.
+
+    Args:
+        rest: of a warm-up of all chains, or of several warm-ups, stacked; then the worst counts.
+        log_weight: target over surrogate at the draws.
+    """
     found = rest.learned.report
-    k = pareto_k(sample_stats["log_weight"].values)
-    warn_of_distrust(k, float(found.held_out_std))
+    k, held_out_std = pareto_k(log_weight), float(np.max(found.held_out_std))
+    warn_of_distrust(k, held_out_std)
     return {
         "pareto_k": k,
-        "num_warmup_evaluations": int(found.num_evaluations),
-        "num_relocated": int(found.num_relocated),
-        "held_out_std": float(found.held_out_std),
-        "degree": int(found.degree),
-        "num_drivers": int(found.num_drivers),
+        "num_warmup_evaluations": int(np.sum(found.num_evaluations)),
+        "num_relocated": int(np.sum(found.num_relocated)),
+        "held_out_std": held_out_std,
+        "degree": int(np.min(found.degree)),
+        "num_drivers": int(np.max(found.num_drivers)),
     }
 
 
@@ -116,6 +132,4 @@ def joined(carry: tuple[Any, Rest]) -> WarmupState:
 
 
 def _learn(rng_key, logdensity_fn, kind, carry):
-    if kind == "freeze":
-        carry = run_stage(rng_key, logdensity_fn, carry, Stage("refit", 0))
     return run_stage(rng_key, logdensity_fn, carry, Stage(kind, 0))
