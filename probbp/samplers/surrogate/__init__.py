@@ -17,3 +17,5 @@ surrogate = Algorithm(
     target_acceptance_rate,
     pooled.warmup,
 )
+
+__all__ = ["surrogate"]
