@@ -13,6 +13,7 @@ from probbp.samplers.line_fmala import line_fmala, pc_line_fmala
 from probbp.samplers.mala import mala
 from probbp.samplers.scan import checkpointed_scan
 from probbp.samplers.surrogate import surrogate
+from probbp.samplers.surrogate.evidence import log_evidence
 
 __version__ = version("probbp")
 
@@ -21,6 +22,7 @@ __all__ = [
     "estimators",
     "fmala",
     "line_fmala",
+    "log_evidence",
     "mala",
     "pc_fmala",
     "pc_line_fmala",

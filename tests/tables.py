@@ -171,11 +171,19 @@ SETTINGS = {
 }
 PROGRAMS = SAMPLERS | VARIANTS
 EVERY = PROGRAMS | SETTINGS
+# Those that keep no gradient and take no inverse mass matrix, as a frozen kernel that has learned
+# nothing; what they learn has tests of its own.
+LEARNING = {
+    "surrogate": Sampler(
+        lambda logdensity_fn, step_size, _: probbp.surrogate(logdensity_fn, step_size), 0.45, 1
+    ),
+}
+ALGORITHMS = EVERY | LEARNING
 
 
 def build(name, logdensity_fn, step_size=None, inverse_mass_matrix=None):
     """Return a sampler of the tables, bound to a log density."""
-    member = EVERY[name]
+    member = ALGORITHMS[name]
     return member.algorithm(logdensity_fn, step_size or member.step_size, inverse_mass_matrix)
 
 

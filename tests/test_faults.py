@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from invariance import FAIL, PASS, largest_z, largest_z_of
-from tables import PROGRAMS, SAMPLERS, build, members
+from tables import ALGORITHMS, LEARNING, PROGRAMS, SAMPLERS, build, members
 from targets import TARGETS, gaussian
 
 import probbp
@@ -47,9 +47,9 @@ def draw_whole(rng_key, num):
 WHOLE = PLAIN._replace(logdensity_fn=broken_in_four_places, draw=draw_whole)
 
 
-@members(PROGRAMS, quick=SAMPLERS)
+@members([*PROGRAMS, *LEARNING], quick=[*SAMPLERS, *LEARNING])
 def test_what_is_no_number_is_never_entered_and_the_rest_is_exact(name):
-    key = jax.random.key(list(PROGRAMS).index(name))
+    key = jax.random.key(list(ALGORITHMS).index(name))
     algorithm = build(name, broken_in_four_places)
     assert largest_z_of(key, algorithm, WHOLE, NUM_CHAINS, NUM_STEPS) < PASS
 
@@ -85,7 +85,7 @@ def test_estimates_that_fail_at_random_leave_the_target_alone(name):
         return target.logdensity_fn(with_derivative(x, jax.random.choice(rng_key, fault)))
 
     target = TARGETS["mix"]
-    key = jax.random.key(list(PROGRAMS).index(name))
+    key = jax.random.key(list(ALGORITHMS).index(name))
     algorithm = build(name, logdensity_fn)
     assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS) < PASS
     state = algorithm.init(jnp.ones(2), jax.random.key(1))
@@ -96,7 +96,7 @@ def test_estimates_that_fail_at_random_leave_the_target_alone(name):
     assert np.any(infos.is_accepted[100:])
 
 
-@members(PROGRAMS, quick=SAMPLERS)
+@members([*PROGRAMS, *LEARNING], quick=SAMPLERS)
 def test_a_step_in_the_density_is_kept(name):
     """Three quarters of the mass lie beyond a jump that no gradient sees."""
 
@@ -110,7 +110,7 @@ def test_a_step_in_the_density_is_kept(name):
         return draws.at[:, 0].set(side * jnp.abs(draws[:, 0]))
 
     target = PLAIN._replace(logdensity_fn=logdensity_fn, draw=draw)
-    key = jax.random.key(list(PROGRAMS).index(name))
+    key = jax.random.key(list(ALGORITHMS).index(name))
     assert largest_z_of(key, build(name, logdensity_fn), target, NUM_CHAINS, NUM_STEPS) < PASS
 
 

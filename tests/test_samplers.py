@@ -11,7 +11,18 @@ import optax
 import pytest
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from invariance import FAIL, PASS, largest_z, largest_z_of
-from tables import EVERY, PROGRAMS, SAMPLERS, VARIANTS, build, fmala, mala, members
+from tables import (
+    ALGORITHMS,
+    EVERY,
+    LEARNING,
+    PROGRAMS,
+    SAMPLERS,
+    VARIANTS,
+    build,
+    fmala,
+    mala,
+    members,
+)
 from targets import TARGETS, gaussian
 from wrong_kernels import RIGHT, WRONG
 
@@ -46,16 +57,16 @@ def slow_if(condition):
         pytest.param(name, seed, dtype, target, marks=slow_if(name not in quick))
         for seed, dtype, target, quick in (
             (0, "float64", "g2", ["line_fmala", "pc_line_fmala"]),
-            (0, "float64", "f10", PROGRAMS),
+            (0, "float64", "f10", [*PROGRAMS, *LEARNING]),
             (1, "float32", "f2", UNLIKE),
             (2, "float64", "mix", ["mala", "line_fmala"]),
         )
-        for name in EVERY
+        for name in ALGORITHMS
     ],
 )
 def test_the_target_is_invariant(name, seed, dtype, target):
     """Wrong gradients included: the accept step makes every one of them exact."""
-    key = jax.random.fold_in(jax.random.key(seed), list(EVERY).index(name))
+    key = jax.random.fold_in(jax.random.key(seed), list(ALGORITHMS).index(name))
     target = TARGETS[target]
     algorithm = build(name, target.logdensity_fn)
     assert largest_z_of(key, algorithm, target, NUM_CHAINS, NUM_STEPS, dtype) < PASS
@@ -160,7 +171,7 @@ def test_the_invariance_test_rejects_a_far_end_that_forgets_its_key(monkeypatch)
     assert largest_z_of(jax.random.key(0), algorithm, target, NUM_CHAINS, NUM_STEPS) > FAIL
 
 
-@members(EVERY, quick=SAMPLERS)
+@members(ALGORITHMS, quick=[*SAMPLERS, *LEARNING])
 def test_a_value_that_depends_on_the_key_is_refused(name):
     def dropout(x, rng_key=None):
         rng_key = jax.random.key(0) if rng_key is None else rng_key
@@ -418,7 +429,7 @@ def test_no_reverse_pass_is_in_the_program(name):
     assert not info.is_divergent
 
 
-@members(EVERY)
+@members(ALGORITHMS)
 def test_evaluations_a_step(name):
     """How often the log density stands in the program of a step, by a marker in its jaxpr."""
 
@@ -430,7 +441,7 @@ def test_evaluations_a_step(name):
     program = str(jax.make_jaxpr(algorithm.step)(jax.random.key(0), state))
     plain = str(jax.make_jaxpr(jax.random.normal, static_argnums=1)(jax.random.key(0), (3,)))
     noise = 0 if "erf_inv" not in plain else program.count("random_bits") and _noises(program)
-    assert program.count("erf_inv") - noise == EVERY[name].evaluations
+    assert program.count("erf_inv") - noise == ALGORITHMS[name].evaluations
 
 
 def _noises(program):

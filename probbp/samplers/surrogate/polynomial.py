@@ -49,7 +49,9 @@ def value_and_grad(
     if surrogate is None:
         return jnp.zeros((), whitened.dtype), jnp.zeros_like(whitened)
     s = squash(whitened)
-    constant, *others = surrogate.tensors
+    # Without the barrier XLA, on a CPU, turns products with a tensor of zeros that it knows at
+    # compile time, that of a degree which was not chosen, into memory that was never written.
+    constant, *others = jax.lax.optimization_barrier(surrogate.tensors)
     value, grad, powers = constant, jnp.zeros_like(s), jnp.ones(1, s.dtype)
     for degree, tensor in enumerate(others, start=1):
         contracted = tensor.reshape(s.size, -1) @ powers

@@ -32,8 +32,8 @@ def pareto_k(log_weight: np.ndarray) -> float:
     return float(blackjax.pareto_khat(weight, tail="upper"))
 
 
-def warn_of_distrust(k: float, held_out_std: float) -> None:
-    """Warn where the draws may be wrong although the chains agree."""
+def reasons_for_distrust(k: float, held_out_std: float) -> list[str]:
+    """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
     reasons = []
     if not k <= LARGEST_K:
         reasons.append(
@@ -45,7 +45,12 @@ def warn_of_distrust(k: float, held_out_std: float) -> None:
             f"the surrogate misses the log density by {held_out_std:.2f} (up to {LARGEST_STD} is "
             "fine) at points that it was not fitted to"
         )
-    if reasons:
+    return reasons
+
+
+def warn_of_distrust(k: float, held_out_std: float) -> None:
+    """Warn where the draws may be wrong although the chains agree."""
+    if reasons := reasons_for_distrust(k, held_out_std):
         warnings.warn(
             f"The draws may be wrong even where R-hat is small: {'; '.join(reasons)}. Give more "
             "num_warmup, remove strong curvature by another parameterization, or compare with "

@@ -1,0 +1,85 @@
+"""Simulation-based calibration of the surrogate transition, its warm-up included, on two models."""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC
+from numpyro.infer.util import log_density
+
+import probbp
+from probbp.diagnostics import numpyro_simulator, simulation_based_calibration, uniformity
+from probbp.numpyro import Kernel
+from probbp.samplers.surrogate import kernel
+
+NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 150, 4, 40
+X = jnp.linspace(-1.5, 1.5, 8)
+
+
+def bent_regression(y=None):
+    """A line whose slope is the exponential of a parameter: a posterior that bends."""
+    intercept = numpyro.sample("intercept", dist.Normal(0, 1))
+    slope = numpyro.sample("slope", dist.LogNormal(0, 0.7))
+    noise = numpyro.sample("noise", dist.HalfNormal(1))
+    with numpyro.plate("rows", len(X)):
+        numpyro.sample("y", dist.Normal(intercept + slope * X, 0.2 + noise), obs=y)
+
+
+def counts(y=None):
+    """A rate per group around a common one, seen through Poisson counts."""
+    center = numpyro.sample("center", dist.Normal(1, 0.5))
+    with numpyro.plate("groups", 3):
+        rate = numpyro.sample("rate", dist.Normal(center, 0.4))
+        numpyro.sample("y", dist.Poisson(jnp.exp(rate)), obs=y)
+
+
+def calibrated(model, algorithm=probbp.surrogate):
+    """Return the p-value over all parameters and the log likelihood."""
+    mcmc = MCMC(
+        Kernel(model, algorithm),
+        num_warmup=400,
+        num_samples=10 * NUM_DRAWS,
+        thinning=10,
+        num_chains=NUM_CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+
+    @jax.jit
+    def infer(rng_key, data):
+        mcmc.run(rng_key, **data)
+        draws = mcmc.get_samples()
+        return {name: draws[name] for name in names}
+
+    simulate = numpyro_simulator(model, data="y")
+    names = simulate(jax.random.key(0))[0].keys()
+    return simulation_based_calibration(
+        jax.random.key(1),
+        simulate,
+        infer,
+        num_simulations=NUM_SIMULATIONS,
+        vectorized=False,
+        progress_bar=False,
+        quantities=lambda params, data: {"log density": log_density(model, (), data, params)[0]},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [bent_regression, counts])
+def test_ranks_are_uniform(model):
+    result = calibrated(model)
+    _, overall = uniformity(result)
+    assert overall > 1e-3, result
+
+
+@pytest.mark.slow
+def test_a_missing_ratio_is_seen(monkeypatch):
+    """Without the surrogate's ratio in the Metropolis test the ranks are far from uniform."""
+
+    def log_ratio(kind, state, proposal, here, there):
+        return kernel.log_density(proposal) - kernel.log_density(state)
+
+    monkeypatch.setattr(kernel, "log_ratio", log_ratio)
+    _, overall = uniformity(calibrated(bent_regression))
+    assert overall < 1e-6
