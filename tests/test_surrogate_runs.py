@@ -10,7 +10,7 @@ import pytest
 
 import probbp
 from probbp.samplers.surrogate.pooled import schedule_of
-from probbp.samplers.surrogate.trust import pareto_k, warn_of_distrust
+from probbp.samplers.surrogate.trust import Weights, warn_of_distrust, weights_of
 
 KEY = jax.random.key(0)
 START = {"a": jnp.zeros(2), "b": jnp.zeros(())}
@@ -112,29 +112,35 @@ def test_the_log_density_must_be_bound():
 
 
 @pytest.mark.parametrize(
-    ("k", "std", "words"),
+    ("weights", "std", "words"),
     [
-        (1.4, 0.1, "Pareto shape of 1.4"),
-        (0.3, 0.9, "misses the log density by 0.90"),
-        (np.nan, np.nan, "may be wrong"),
+        (Weights(1.4, 50.0), 0.1, "Pareto shape of 1.4 .* up to 50 times its mean"),
+        (Weights(0.3, 2.0), 0.9, "misses the log density by 0.90"),
+        (Weights(np.nan, np.nan), 0.1, "may be wrong"),
+        (Weights(0.3, 2.0), np.nan, "may be wrong"),
     ],
 )
-def test_distrust_is_a_warning(k, std, words):
+def test_distrust_is_a_warning(weights, std, words):
     with pytest.warns(UserWarning, match=words):
-        warn_of_distrust(k, std)
+        warn_of_distrust(weights, std)
 
 
 def test_trust_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_distrust(0.5, 0.2)
+        warn_of_distrust(Weights(0.5, 20.0), 0.2)
+        warn_of_distrust(Weights(1.5, 2.0), 0.2)  # a heavy tail of weights that are all alike
 
 
 def test_a_heavy_tail_is_seen():
     """Weights of Gaussian logarithm, and of exponential logarithm with mean two: Pareto, k = 2."""
     rng = np.random.default_rng(0)
-    assert pareto_k(0.3 * rng.normal(size=(4, 1000))) < 0.7
-    assert pareto_k(2 * rng.exponential(size=(4, 1000))) > 1.5
+    light = weights_of(0.3 * rng.normal(size=(4, 1000)))
+    assert light.pareto_k < 0.7
+    assert 2 < light.largest < 6
+    heavy = weights_of(2 * rng.exponential(size=(4, 1000)))
+    assert heavy.pareto_k > 1.5
+    assert heavy.largest > 100
 
 
 @pytest.mark.slow

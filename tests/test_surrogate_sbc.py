@@ -13,7 +13,7 @@ from probbp.diagnostics import numpyro_simulator, simulation_based_calibration, 
 from probbp.numpyro import Kernel
 from probbp.samplers.surrogate import kernel
 
-NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 150, 4, 40
+NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 100, 4, 25
 X = jnp.linspace(-1.5, 1.5, 8)
 
 

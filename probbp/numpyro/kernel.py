@@ -92,7 +92,7 @@ class Kernel(MCMCKernel):
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
         if brings_warmup(algorithm):
             _refuse_beside_own_warmup(step_size, target_accept_prob, metric)
-        elif target_accept_prob is None:
+        if target_accept_prob is None:
             target_accept_prob = target_acceptance_rate(algorithm)
         self._model = model
         self._algorithm = algorithm
@@ -244,7 +244,9 @@ class Kernel(MCMCKernel):
 
         def bind(model_args, model_kwargs):
             bound = partial(self._algorithm, self._logdensity_fn(model_args, model_kwargs))
-            return bound, own_warmup(bound, num_warmup, in_chunks=False)
+            warmup = own_warmup(bound, num_warmup, in_chunks=False)
+            assert warmup is not None
+            return bound, warmup
 
         def sample_chains(state, model_args, model_kwargs):
             algorithm, warmup = bind(model_args, model_kwargs)

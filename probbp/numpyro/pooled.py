@@ -25,10 +25,11 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
         mcmc: after `run`, of `Kernel(model, probbp.surrogate)`.
 
     Returns:
-        The Pareto shape of target over surrogate at the draws, evaluations of the log density in
-        warm-up, how often a chain was moved out of a mode without weight, the surrogate's error at
-        points that it was not fitted to, its degree, and the number of drivers of the map. Where
-        chains ran alone, sums of what was spent, and the worst of what was learned.
+        The Pareto shape of target over surrogate at the draws and the largest over the mean,
+        evaluations of the log density in warm-up, how often a chain was moved out of a mode without
+        weight, the surrogate's error at points that it was not fitted to, its degree, and the
+        number of drivers of the map. Where chains ran alone, sums of what was spent, and the worst
+        of what was learned.
 
     Raises:
         ValueError: for a run of another kernel, and before `run`.

@@ -24,7 +24,7 @@ from probbp.samplers.surrogate.inner import inner_transition, point_at, surrogat
 from probbp.samplers.surrogate.learning import fit_transport
 from probbp.samplers.surrogate.polynomial import Polynomial, value_and_grad
 from probbp.samplers.surrogate.transport import Transport, forward, inverse
-from probbp.samplers.surrogate.trust import pareto_k, reasons_for_distrust
+from probbp.samplers.surrogate.trust import reasons_for_distrust, weights_of
 from probbp.types import LogDensity, Tree
 
 STEP_SIZES, NUM_STEPS = (0.4, 0.2, 0.1, 0.4, 0.2, 0.1, 0.4), 4
@@ -127,8 +127,8 @@ def log_evidence(
     reference = jax.jit(fit_reference)(key_fit, rows[0], evaluate(rows[0]))
     weigh = jax.jit(log_weight)
     at_draws = weigh(reference, rows[1], evaluate(rows[1])).reshape(num_chains, -1)
-    k, held_out_std = pareto_k(at_draws), float(reference.held_out_std)
-    if reasons := reasons_for_distrust(k, held_out_std):
+    weights, held_out_std = weights_of(at_draws), float(reference.held_out_std)
+    if reasons := reasons_for_distrust(weights, held_out_std):
         raise ValueError(
             f"The surrogate does not fit these draws: {'; '.join(reasons)}. Its evidence could be "
             "wrong without a sign of it. Give more draws, or remove strong curvature by another "
@@ -148,7 +148,7 @@ def log_evidence(
     return Evidence(
         float(upper + lower + dim / 2 * jnp.log(2 * jnp.pi)),
         float(jnp.hypot(upper_error, lower_error)),
-        k,
+        weights.pareto_k,
         held_out_std,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from probbp.samplers.algorithm import Warmup
 from probbp.samplers.surrogate.learning import WarmupState
-from probbp.samplers.surrogate.trust import pareto_k, warn_of_distrust
+from probbp.samplers.surrogate.trust import warn_of_distrust, weights_of
 from probbp.samplers.surrogate.warmup import (
     ROUNDS,
     WALKS,
@@ -106,10 +106,11 @@ def report(rest: Rest, log_weight: Any) -> dict[str, float]:
         log_weight: target over surrogate at the draws.
     """
     found = rest.learned.report
-    k, held_out_std = pareto_k(log_weight), float(np.max(found.held_out_std))
-    warn_of_distrust(k, held_out_std)
+    weights, held_out_std = weights_of(log_weight), float(np.max(found.held_out_std))
+    warn_of_distrust(weights, held_out_std)
     return {
-        "pareto_k": k,
+        "pareto_k": weights.pareto_k,
+        "largest_weight": weights.largest,
         "num_warmup_evaluations": int(np.sum(found.num_evaluations)),
         "num_relocated": int(np.sum(found.num_relocated)),
         "held_out_std": held_out_std,

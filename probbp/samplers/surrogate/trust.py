@@ -6,6 +6,7 @@ target over surrogate has a heavy tail over the draws, which its Pareto shape te
 """
 
 import warnings
+from typing import Any, NamedTuple
 
 import blackjax
 import jax.numpy as jnp
@@ -18,8 +19,24 @@ LARGEST_STD = 0.6
 """Of the log of target over surrogate at points that the surrogate was not fitted to."""
 
 
-def pareto_k(log_weight: np.ndarray) -> float:
-    """Return the Pareto shape of target over surrogate at the draws of all chains.
+SMALL_WEIGHT = 3.0
+"""Times the mean: where no weight is larger, the shape of their tail does not matter."""
+
+
+class Weights(NamedTuple):
+    """Target over surrogate at the draws.
+
+    Attributes:
+        pareto_k: the shape of its tail.
+        largest: the largest over the mean.
+    """
+
+    pareto_k: float
+    largest: float
+
+
+def weights_of(log_weight: Any) -> Weights:
+    """Summarise target over surrogate at the draws of all chains.
 
     Args:
         log_weight: of the draws.
@@ -28,17 +45,19 @@ def pareto_k(log_weight: np.ndarray) -> float:
         Vehtari et al., 2024, arXiv:1507.02646 (what the shape tells of importance weights).
     """
     log_weight = np.asarray(log_weight, float).ravel()
-    weight = jnp.asarray(np.exp(log_weight - log_weight.max()))
-    return float(blackjax.pareto_khat(weight, tail="upper"))
+    weight = np.exp(log_weight - log_weight.max())
+    k = float(blackjax.pareto_khat(jnp.asarray(weight), tail="upper"))
+    return Weights(k, float(1 / weight.mean()))
 
 
-def reasons_for_distrust(k: float, held_out_std: float) -> list[str]:
+def reasons_for_distrust(weights: Weights, held_out_std: float) -> list[str]:
     """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
     reasons = []
-    if not k <= LARGEST_K:
+    if not (weights.pareto_k <= LARGEST_K or weights.largest <= SMALL_WEIGHT):
         reasons.append(
-            f"target over surrogate has a Pareto shape of {k:.1f} at the draws (up to "
-            f"{LARGEST_K:.0f} is fine): the chains have been where the surrogate is wrong"
+            f"target over surrogate has a Pareto shape of {weights.pareto_k:.1f} at the draws (up "
+            f"to {LARGEST_K:.0f} is fine), and is up to {weights.largest:.0f} times its mean: the "
+            "chains have been where the surrogate is wrong"
         )
     if not held_out_std <= LARGEST_STD:
         reasons.append(
@@ -48,9 +67,9 @@ def reasons_for_distrust(k: float, held_out_std: float) -> list[str]:
     return reasons
 
 
-def warn_of_distrust(k: float, held_out_std: float) -> None:
+def warn_of_distrust(weights: Weights, held_out_std: float) -> None:
     """Warn where the draws may be wrong although the chains agree."""
-    if reasons := reasons_for_distrust(k, held_out_std):
+    if reasons := reasons_for_distrust(weights, held_out_std):
         warnings.warn(
             f"The draws may be wrong even where R-hat is small: {'; '.join(reasons)}. Give more "
             "num_warmup, remove strong curvature by another parameterization, or compare with "
