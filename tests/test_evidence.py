@@ -131,8 +131,8 @@ def test_the_evidence_is_right_within_its_error(name):
 
 @pytest.mark.slow
 def test_the_error_is_that_of_repetitions():
-    z = z_scores(TARGETS["funnel"](), num_keys=24)
-    assert 0.6 < np.mean(z**2) < 1.8, z
+    z = z_scores(TARGETS["skewed"](), num_keys=16)
+    assert 0.4 < np.mean(z**2) < 2.2, z
 
 
 def test_a_bridge_of_gaussians():

@@ -194,3 +194,40 @@ def test_a_centered_hierarchy_is_right_or_distrusted(num_warmup):
         error = batches.std(ddof=1) / len(batches) ** 0.5
         is_right = abs(batches.mean() - truth) < 4.5 * error
         assert is_right or any("may be wrong" in str(warning.message) for warning in caught)
+
+
+class OnHost:
+    """A log density that JAX can't see into, and how many positions it is handed at a time."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x):
+        out = jax.ShapeDtypeStruct((), x.dtype)
+        return jax.pure_callback(self.evaluate, out, x, vmap_method="expand_dims")
+
+    def evaluate(self, x):
+        x = np.asarray(x)
+        self.sizes.append(x.size // x.shape[-1])
+        return np.asarray(-0.5 * np.sum(x**2, axis=-1), x.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "at_once"), [(None, 6), (2, 2)])
+def test_a_simulator_is_called_once_a_step_for_all_chains(batch_size, at_once):
+    """Every evaluation is counted: a start, and each step."""
+    simulator = OnHost()
+    data = run(
+        simulator,
+        lambda key: jax.random.normal(key, (2,)),
+        num_warmup=58,
+        num_samples=40,
+        num_chains=6,
+        batch_size=batch_size,
+    )
+    warm_up = data["sample_stats"].attrs["num_warmup_evaluations"]
+    assert warm_up == 6 * 59
+    calls = np.array(simulator.sizes)
+    assert np.all(calls[-40 * 6 // at_once :] == at_once)
+    # Beside them: the search for a finite start, and one look at it.
+    assert warm_up + 40 * 6 <= calls.sum() <= warm_up + 40 * 6 + 3 * 6 + 2

@@ -180,7 +180,7 @@ class Kernel(MCMCKernel):
         """Return what the progress bar says."""
         acceptance = f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
         if brings_warmup(self._algorithm):
-            held_out_std = state.adapt_state.learned.report.held_out_std
+            held_out_std = state.adapt_state.held_out_std
             return f"held-out error {held_out_std:.2f}. {acceptance}"
         return f"step size {state.adapt_state.step_size:.2e}. {acceptance}"
 

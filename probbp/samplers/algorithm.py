@@ -48,7 +48,7 @@ class Algorithm(GenerateSamplingAPI):
     `functools.partial(algorithm, **options)` both work.
 
     One that needs more than a step size and a scale brings its own warm-up,
-    `(logdensity_fn, num_steps, in_chunks) -> Warmup`.
+    `(logdensity_fn, num_steps, in_chunks, batch_size) -> Warmup`.
     """
 
     target_acceptance_rate: Callable[..., float]
@@ -104,7 +104,9 @@ def brings_warmup(algorithm: Callable) -> bool:
     return getattr(_unwrapped(algorithm)[0], "warmup", None) is not None
 
 
-def own_warmup(algorithm: Callable, num_steps: int, *, in_chunks: bool = True) -> Warmup | None:
+def own_warmup(
+    algorithm: Callable, num_steps: int, *, in_chunks: bool = True, batch_size: int | None = None
+) -> Warmup | None:
     """Return the warm-up that an algorithm on a log density brings, `None` where it brings none.
 
     Args:
@@ -112,6 +114,7 @@ def own_warmup(algorithm: Callable, num_steps: int, *, in_chunks: bool = True) -
         num_steps: length of the warm-up.
         in_chunks: whether it is made in chunks, and `num_steps` rounded up to a multiple of them;
             else step by step.
+        batch_size: how many chains run at once; all by default.
     """
     if not brings_warmup(algorithm):
         return None
@@ -122,7 +125,7 @@ def own_warmup(algorithm: Callable, num_steps: int, *, in_chunks: bool = True) -
             "This algorithm learns from values of the log density: give it as "
             "functools.partial(probbp.surrogate, logdensity_fn)."
         )
-    return algorithm.warmup(logdensity_fn, num_steps, in_chunks)
+    return algorithm.warmup(logdensity_fn, num_steps, in_chunks, batch_size)
 
 
 def _unwrapped(algorithm):

@@ -141,7 +141,8 @@ def sample(
         checks.check_count(name, count)
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
-    own = own_warmup(algorithm, 2900 if num_warmup is None else num_warmup)
+    own_steps = 2900 if num_warmup is None else num_warmup
+    own = own_warmup(algorithm, own_steps, batch_size=batch_size)
     if own is None:
         num_warmup = 1000 if num_warmup is None else num_warmup
         warmup_chunk = -(-num_warmup // NUM_UPDATES)
@@ -265,7 +266,9 @@ def sample(
             schedule = adapt.schedule[i : i + warmup_chunk]
             carry, acceptance = run(carry, keys_fn(key_warmup, np.uint32(i)), schedule)
             if progress_bar:
-                progress.show(bar, warmup_chunk, *on.get((acceptance, carry[1].step_size)))
+                shown = acceptance, carry[1].step_size, getattr(carry[1], "held_out_std", np.nan)
+                acceptance, step_size, held_out_std = on.get(shown)
+                progress.show(bar, warmup_chunk, acceptance, step_size, held_out_std=held_out_std)
             if save is not None:
                 save(i + warmup_chunk, (on.get(carry), moments, divergent))
 

@@ -108,12 +108,15 @@ def show(bar: Any, num_steps: int, acceptance: Any, step_size: Any, **more: Any)
         num_steps: since it was last shown.
         acceptance: (chain, step), since then.
         step_size: (chain,).
-        **more: `rhat`, so far; `divergent`, how many steps of the run.
+        **more: `rhat`, so far; `divergent`, how many steps of the run; `held_out_std`, how far what
+            was learned is off at points that it was not fitted to.
     """
     bar.update(num_steps)
     if bar.disable:
         return
     words = [f"acceptance {np.mean(acceptance):.2f}", f"step size {np.mean(step_size):.2e}"]
+    if np.isfinite(more.get("held_out_std", np.nan)):
+        words.append(f"held-out error {more['held_out_std']:.2f}")
     if np.isfinite(more.get("rhat", np.nan)):
         words.append(f"R-hat {more['rhat']:.3f}")
     stuck = np.flatnonzero(~(np.mean(acceptance, axis=1) >= STUCK))

@@ -1,12 +1,19 @@
 """`probbp.surrogate` from cold starts: reference posteriors, and whether it knows when it fails.
 
-    python tests/benchmarks/surrogate.py [--data DIR] [--only NAME] [--seeds N] [--detector]
+    python tests/benchmarks/surrogate.py [--data DIR] [--further] [--detector]
+                                         [--only NAME] [--seeds N] [--fast]
 
 With a folder of posteriordb's reference moments, each posterior is sampled from starts uniform on
 (-2, 2) (the predator-prey model: around its own start), by four chains of 2,900 steps of warm-up
 and 1,500 draws. ESS is the smallest bulk ESS over the parameters, for 1,000 evaluations of the log
 density after warm-up; "with it" counts the warm-up too. |z| is the largest over means and mean
 squares, against the reference draws.
+
+With `--further`, the posteriors of `further.py`: the surrogate beside a random walk with a dense
+metric (10,000 steps of warm-up, 20,000 draws), and NUTS at its defaults (1,000 and 2,500), four
+chains each, all from uniform starts. "to 400" is how many evaluations a run takes until its
+smallest bulk ESS is 400, warm-up included; a gradient in reverse mode counts as two evaluations
+beside the value, in forward mode as one for each parameter. |z| is against NUTS's draws.
 
 With `--detector`, targets on which it may fail: how often the draws are wrong (|z| > 5 for some
 mean or probability), how often R-hat < 1.01 hides it, and how often the run warns.
@@ -26,9 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from numpyro.infer import init_to_uniform, init_to_value
+from further import REFUSED, TARGETS
+from numpyro.infer import MCMC, NUTS, init_to_uniform, init_to_value
 from numpyro.infer.util import initialize_model
-from posteriordb import Run, dataset, judged, logdensity
+from posteriordb import Run, dataset, judged, logdensity, random_walk
 from posteriors import entry, load
 from scipy import stats
 
@@ -40,6 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the reference moments")
     parser.add_argument("--only", default="", help="part of a target's name")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--further", action="store_true")
     parser.add_argument("--detector", action="store_true")
     parser.add_argument("--fast", action="store_true", help="one seed, a fifth of the draws")
     args = parser.parse_args()
@@ -51,6 +60,8 @@ def main() -> None:
         print("Left out: the reference posteriors. They need data: --data DIR")
     else:
         reference_posteriors(args)
+    if args.further:
+        further_posteriors(args)
     if args.detector:
         detector(args)
 
@@ -131,6 +142,126 @@ def sampled(seed: int, logdensity_fn: Callable, starts: Callable, num_samples: i
             **options,
         )
     return data, any("may be wrong" in str(warning.message) for warning in caught)
+
+
+# ---------------------------------------------------------------------------------------
+# Further posteriors, beside their rivals.
+
+
+class Result(NamedTuple):
+    """A run, by site, and what it cost.
+
+    Attributes:
+        draws: (chain, draw, ...) of each site.
+        warm_up: evaluations of the log density before the first draw.
+        evaluations: of all draws.
+    """
+
+    draws: dict
+    warm_up: float
+    evaluations: float
+
+
+def further_posteriors(args) -> None:
+    print(f"\n{'posterior':14}{'d':>4}  {'sampler':14}{'ESS':>7}{'to 400':>10}", end="")
+    print(f"{'|z|':>6}{'R-hat':>8}{'warm-up':>10}  warned   (ESS for 1,000 evaluations)")
+    for name, make in TARGETS.items():
+        if args.only not in name:
+            continue
+        model = make()
+        info = initialize_model(jax.random.key(0), model, validate_grad=False)
+        dim = sum(leaf.size for leaf in jax.tree.leaves(info.param_info.z))
+        truth = with_nuts(model, dim, name in REFUSED, args)
+        print_result(name, dim, "NUTS", truth)
+        print_result(name, dim, "random walk", with_random_walk(info, args), truth)
+        for seed in range(args.seeds):
+            result, warned = with_surrogate(info, seed, args)
+            print_result(name, dim, f"surrogate, {seed}", result, truth, warned)
+
+
+def with_nuts(model, dim: int, is_forward: bool, args) -> Result:
+    mcmc = MCMC(
+        NUTS(model, forward_mode_differentiation=is_forward),
+        num_warmup=1000,
+        num_samples=args.num_samples * 5 // 3,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.warmup(jax.random.key(0), collect_warmup=True, extra_fields=("num_steps",))
+    warm_up = float(mcmc.get_extra_fields()["num_steps"].sum())
+    mcmc.run(jax.random.key(1), extra_fields=("num_steps",))
+    steps = float(mcmc.get_extra_fields()["num_steps"].sum())
+    cost = 1 + dim if is_forward else 3
+    draws = jax.device_get(mcmc.get_samples(group_by_chain=True))
+    return Result(draws, cost * warm_up, cost * steps)
+
+
+def with_random_walk(info, args) -> Result:
+    num_warmup, num_samples = 20 * args.num_samples // 3, 40 * args.num_samples // 3
+    data = probbp.sample(
+        jax.random.key(0),
+        partial(random_walk, logdensity(info)),
+        partial(start, info.param_info.z, None),
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        metric="dense",
+        target_acceptance_rate=0.234,
+        postprocess_fn=info.postprocess_fn,
+        progress_bar=False,
+    )
+    draws = {name: values.values for name, values in data.posterior.items()}
+    return Result(draws, 4 * num_warmup, 4 * num_samples)
+
+
+def with_surrogate(info, seed: int, args) -> tuple[Result, bool]:
+    data, warned = sampled(
+        seed,
+        logdensity(info),
+        partial(start, info.param_info.z, None),
+        args.num_samples,
+        postprocess_fn=info.postprocess_fn,
+    )
+    draws = {name: values.values for name, values in data.posterior.items()}
+    warm_up = data["sample_stats"].attrs["num_warmup_evaluations"]
+    return Result(draws, warm_up, 4 * args.num_samples), warned
+
+
+def print_result(name, dim, sampler, result, truth=None, warned=False) -> None:
+    draws = dataset(columns(result.draws))
+    ess = min(float(value) for value in az.ess(draws, method="bulk").values())
+    rhat = max(float(value) for value in az.rhat(draws).values())
+    each = ess / result.evaluations
+    print(
+        f"{name:14}{dim:4}  {sampler:14}{1000 * each:7.1f}{result.warm_up + 400 / each:10.0f}"
+        f"{np.nan if truth is None else largest_z(result.draws, truth.draws):6.1f}{rhat:8.4f}"
+        f"{result.warm_up:10.0f}  {'yes' if warned else ''}",
+        flush=True,
+    )
+
+
+def largest_z(draws, others) -> float:
+    """Compare means and mean squares of two runs, in units of their errors together."""
+    worst = 0.0
+    for power in (1, 2):
+        ours, theirs = (
+            dataset({name: x**power for name, x in columns({n: run[n] for n in others}).items()})
+            for run in (draws, others)
+        )
+        errors = [az.mcse(values, method="mean") for values in (ours, theirs)]
+        for name in ours:
+            difference = float(ours[name].mean() - theirs[name].mean())
+            worst = max(worst, abs(difference) / np.hypot(*(float(e[name]) for e in errors)))
+    return worst
+
+
+def columns(draws) -> dict:
+    """Name each number of each site."""
+    return {
+        f"{name}[{i}]": x.reshape(*x.shape[:2], -1)[..., i]
+        for name, x in ((n, np.asarray(values, float)) for n, values in draws.items())
+        for i in range(np.prod(x.shape[2:], dtype=int))
+    }
 
 
 # ---------------------------------------------------------------------------------------
@@ -234,7 +365,7 @@ def of_normal(coordinate: Callable) -> dict[str, tuple[Callable, float]]:
     }
 
 
-TARGETS = {
+HARD = {
     "Gaussian, 5": gaussian(5),
     "mild funnel, 10": mild_funnel(),
     "Neal's funnel, 10": neal_s_funnel(),
@@ -252,7 +383,7 @@ TARGETS = {
 def detector(args) -> None:
     print(f"\n{'target':24}{'wrong':>8}{'hidden':>8}{'unseen':>8}{'warned':>8}{'ESS':>7}", end="")
     print(f"{'|z|':>7}{'R-hat':>8}{'k':>7}{'std':>7}   (medians; of {args.seeds} seeds)")
-    for name, target in TARGETS.items():
+    for name, target in HARD.items():
         if args.only in name:
             print_target(name, target, args)
 

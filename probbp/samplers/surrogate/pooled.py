@@ -31,14 +31,21 @@ class Rest(NamedTuple):
 
     Attributes:
         step_size: of the inner integrator, (chains,); all chains have the same.
+        held_out_std: error of the surrogate on points that it was not fitted to; NaN before a fit.
         learned: the `WarmupState` without the states.
     """
 
     step_size: jax.Array
+    held_out_std: jax.Array
     learned: WarmupState
 
 
-def warmup(logdensity_fn: LogDensity, num_steps: int, in_chunks: bool = True) -> Warmup:
+def warmup(
+    logdensity_fn: LogDensity,
+    num_steps: int,
+    in_chunks: bool = True,
+    batch_size: int | None = None,
+) -> Warmup:
     """Write the warm-up on a log density.
 
     Args:
@@ -47,6 +54,7 @@ def warmup(logdensity_fn: LogDensity, num_steps: int, in_chunks: bool = True) ->
         in_chunks: whether `num_steps` is rounded up to a multiple of 29, so that all chunks are of
             the same length, and something is learned at the end of one alone. Else a chunk is one
             step.
+        batch_size: how many log densities are evaluated at once; all by default.
 
     Raises:
         ValueError: for no steps: without them there is nothing to sample with.
@@ -60,13 +68,13 @@ def warmup(logdensity_fn: LogDensity, num_steps: int, in_chunks: bool = True) ->
     schedule = schedule_of(chunk * NUM_STRETCHES if in_chunks else num_steps)
 
     def start(starts):
-        return split(init(logdensity_fn, starts, len(schedule)))
+        return split(init(logdensity_fn, starts, len(schedule), batch_size))
 
     def run(rng_key, carry, schedule):
         key_steps, key_learn = jax.random.split(rng_key)
         is_round, learn = schedule[0, 0], schedule[-1, 1]
         walk, rounds = (
-            partial(run_steps, key_steps, logdensity_fn, kind, len(schedule))
+            partial(run_steps, key_steps, logdensity_fn, kind, len(schedule), batch_size=batch_size)
             for kind in ("walk", "round")
         )
         learned, rates = jax.lax.cond(is_round == 1, rounds, walk, joined(carry))
@@ -123,7 +131,8 @@ def split(carry: WarmupState) -> tuple[Any, Rest]:
     """Take the kernel's states out of what warm-up carries."""
     num_chains = len(carry.states.logdensity)
     step_size = jnp.broadcast_to(carry.parameters.step_size, (num_chains,))
-    return carry.states, Rest(step_size, carry._replace(states=None))
+    held_out_std = carry.report.held_out_std
+    return carry.states, Rest(step_size, held_out_std, carry._replace(states=None))
 
 
 def joined(carry: tuple[Any, Rest]) -> WarmupState:

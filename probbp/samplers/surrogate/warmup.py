@@ -75,15 +75,18 @@ def stages(num_steps: int) -> list[Stage]:
     return [stage for stage in (*out, Stage("freeze", 0)) if stage.num_steps or _learns(stage)]
 
 
-def init(logdensity_fn: LogDensity, starts: Tree, num_steps: int) -> WarmupState:
+def init(
+    logdensity_fn: LogDensity, starts: Tree, num_steps: int, batch_size: int | None = None
+) -> WarmupState:
     """Return the state at the start.
 
     Args:
         logdensity_fn: log density up to a constant.
         starts: positions of the chains, a pytree with the chains as leading axis.
         num_steps: of each chain; the history holds as many as the fits use.
+        batch_size: how many log densities are evaluated at once; all by default.
     """
-    logdensity = jax.vmap(logdensity_fn)(starts)
+    logdensity = _over_chains(logdensity_fn, batch_size)(starts)
     states = jax.vmap(partial(whiten, None))(starts, logdensity)
     num_chains, dim = states.whitened.shape
     dtype = jnp.result_type(float)
@@ -138,11 +141,16 @@ def run_stage(
 
 
 def run_steps(
-    rng_key: jax.Array, logdensity_fn: LogDensity, kind: str, num_steps: int, carry: WarmupState
+    rng_key: jax.Array,
+    logdensity_fn: LogDensity,
+    kind: str,
+    num_steps: int,
+    carry: WarmupState,
+    batch_size: int | None = None,
 ) -> tuple[WarmupState, jax.Array]:
     """Take steps of a "walk" or a "round"; return also their acceptance rates, (chains, steps)."""
     steps = {"walk": _walk, "round": _round}[kind]
-    return steps(rng_key, logdensity_fn, carry, num_steps)
+    return steps(rng_key, logdensity_fn, carry, num_steps, batch_size)
 
 
 def adapt(
@@ -182,10 +190,10 @@ def adapt(
     return carry.states, carry.parameters, carry.report
 
 
-def _walk(rng_key, logdensity_fn, carry, num_steps):
+def _walk(rng_key, logdensity_fn, carry, num_steps, batch_size):
     """Take steps of an adaptive random walk, whose size all chains share."""
     flat, unravel = _flat(carry.states.position)
-    values = jax.vmap(lambda x: logdensity_fn(unravel(x)))
+    values = _over_chains(lambda x: logdensity_fn(unravel(x)), batch_size)
     num_chains = len(flat)
 
     def body(loop, inputs):
@@ -211,7 +219,7 @@ def _walk(rng_key, logdensity_fn, carry, num_steps):
     return carry, rates.T
 
 
-def _round(rng_key, logdensity_fn, carry, num_steps):
+def _round(rng_key, logdensity_fn, carry, num_steps, batch_size):
     """Take steps of the kernel as it is learned so far."""
     kernel = build_kernel()
     _, unravel = _flat(carry.states.position)
@@ -221,9 +229,8 @@ def _round(rng_key, logdensity_fn, carry, num_steps):
     def body(loop, key):
         states, totals = loop
         keys = jax.random.split(key, num_chains)
-        new, info = jax.vmap(lambda k, s: kernel(k, s, logdensity_fn, *carry.parameters))(
-            keys, states
-        )
+        step = lambda key, state: kernel(key, state, logdensity_fn, *carry.parameters)
+        new, info = _over_chains(step, batch_size)(keys, states)
         distance = jnp.sum((info.proposal.whitened - states.whitened) ** 2, axis=1)
         jump = jnp.where(info.acceptance_rate > 0, info.acceptance_rate * distance, 0)
         is_kind = jax.nn.one_hot(info.kind, WALK + 1, dtype=totals.count.dtype)
@@ -242,6 +249,13 @@ def _round(rng_key, logdensity_fn, carry, num_steps):
     keys = jax.random.split(rng_key, num_steps)
     (states, totals), (seen, rates) = jax.lax.scan(body, (carry.states, carry.totals), keys)
     return _advance(carry, states, seen, num_steps)._replace(totals=totals), rates.T
+
+
+def _over_chains(fun, batch_size):
+    """Run a function over the leading axis of its arguments, all at once or in batches."""
+    if batch_size is None:
+        return jax.vmap(fun)
+    return lambda *args: jax.lax.map(lambda chain: fun(*chain), args, batch_size=batch_size)
 
 
 def _learns(stage):
