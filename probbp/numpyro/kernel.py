@@ -131,13 +131,15 @@ class Kernel(MCMCKernel):
         if brings_warmup(self._algorithm):
             return self._init_pooled(rng_key, num_warmup, start, model_args, model_kwargs)
         num_chains = 1 if is_single else len(rng_key)
-        adapt = adaptation(
-            optax.tree.size(start) // num_chains,
-            num_warmup,
-            self._target_accept_prob,
-            metric=self._metric,
-            initial_step_size=self._step_size,
-        )
+        # NumPyro traces this for parallel chains, and `sample` outlives the trace.
+        with jax.ensure_compile_time_eval():
+            adapt = adaptation(
+                optax.tree.size(start) // num_chains,
+                num_warmup,
+                self._target_accept_prob,
+                metric=self._metric,
+                initial_step_size=self._step_size,
+            )
 
         def init_chain(key, position):
             key, key_init = jax.random.split(key)
