@@ -235,6 +235,29 @@ def run_nautilus(target: Target, seed: int) -> Run:
     return Run("weighted", points, np.asarray(target.count), float(sampler.n_like), log_weights)
 
 
+def run_jaxns(target: Target, seed: int) -> Run:
+    """Runs of nested sampling are added to until there are 400 effective draws."""
+    from jaxns.core import NestedSampler
+    from jaxns.model import Model
+    from jaxns.priors import Prior
+    from tensorflow_probability.substrates import jax as tfp
+
+    box = jnp.asarray(target.box)
+
+    def prior_model():
+        return target.single(Prior(tfp.distributions.Uniform(-box, box), name="x").realise())
+
+    sampler = NestedSampler(model=Model(prior_model=prior_model))
+    state = sampler.run_until_goal(
+        lambda state: int(state.goal_loop_iter) > 0 and float(state.to_result().ess) >= 400,
+        key=jax.random.key(seed),
+    )
+    results = state.to_result().trim()
+    own = float(results.total_num_likelihood_evaluations)
+    draws, log_weights = np.asarray(results.X_samples["x"]), np.asarray(results.log_dp)
+    return Run("weighted", draws, np.asarray(own), own, log_weights)
+
+
 # ---------------------------------------------------------------------------------------
 # Flows, and variational inference.
 
@@ -247,7 +270,7 @@ def run_flowmc(target: Target, seed: int) -> Run:
     from flowMC.resource_strategy_bundle.RQSpline_GRW import RQSpline_GRW_Bundle
     from flowMC.Sampler import Sampler
 
-    chains, steps, training, production = 20, 50, 40, 40
+    chains, steps, training, production = 50, 50, 20, 20
     key_bundle, key_run = jax.random.split(jax.random.key(seed))
     bundle = RQSpline_GRW_Bundle(
         key_bundle,
@@ -260,7 +283,13 @@ def run_flowmc(target: Target, seed: int) -> Run:
         n_production_loops=production,
         n_epochs=20,
     )
-    sampler = Sampler(target.dim, chains, key_run, resource_strategy_bundles=bundle)
+    sampler = Sampler(
+        n_dim=target.dim,
+        n_chains=chains,
+        rng_key=key_run,
+        resource_strategy_bundles=bundle,
+        checkpoint_interval=0.0,  # else it goes on with an earlier run's
+    )
     sampler.sample(jnp.asarray(target.starts(seed, chains)), {})
     draws = np.asarray(sampler.resources["positions_production"].data)
     # A loop's local and global steps each evaluate the log density where they start, too.
@@ -366,7 +395,7 @@ def run_nuts(target: Target, seed: int, dense_mass: bool = False) -> Run:
 
 RUNNERS: dict[str, Callable[[Target, int], Run]] = {
     "surrogate": run_surrogate,
-    "surrogate, 725 steps": partial(run_surrogate, num_warmup=725),
+    "surrogate, 1450 steps": partial(run_surrogate, num_warmup=1450),
     "random walk": run_random_walk,
     "NUTS": run_nuts,
     "NUTS, dense": partial(run_nuts, dense_mass=True),
@@ -375,6 +404,7 @@ RUNNERS: dict[str, Callable[[Target, int], Run]] = {
     "flowMC": run_flowmc,
     "pocoMC": run_pocomc,
     "nautilus": run_nautilus,
+    "jaxns": run_jaxns,
     "PyVBMC": run_pyvbmc,
 }
 """Name -> what runs it."""

@@ -20,6 +20,8 @@ of the reference draws, at the stop. "mean" and "sd" are the largest errors of a
 in posterior standard deviations, and of its standard deviation, relative: all there is for PyVBMC,
 which approximates.
 
+CPU seconds are those of one thread, without what JAX had compiled for an earlier seed.
+
 Each run leaves a line in `build/rivals/runs.jsonl` and is not repeated; `--fresh` does so. Then all
 tables are printed, medians over seeds.
 """
@@ -180,9 +182,12 @@ def run(rival: str, target: str, seed: int, out: Path, args) -> None:
     options = ["--data", args.data, "--seed", str(seed), "--out", out]
     options += ["--package", package or "probbp"]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    xla = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+    jax_options = {
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+        "JAX_COMPILATION_CACHE_DIR": str(BUILD / "jax_cache"),
+    }
     path = {"PYTHONPATH": str(ROOT)} if package is None else {}
-    command([*script, *options], args.limit, os.environ | threads | xla | path)
+    command([*script, *options], args.limit, os.environ | threads | jax_options | path)
 
 
 def environment(package: str) -> Path:
