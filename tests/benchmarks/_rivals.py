@@ -10,6 +10,7 @@ that package alone.
 
 import argparse
 import importlib.metadata
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -418,8 +419,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--package", default="probbp", help="whose version to report")
+    parser.add_argument("--limit", type=int, default=3600, help="CPU seconds, then it is stopped")
     parser.add_argument("--callback", action="store_true", help="count inside JAX's programs too")
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CPU, (args.limit, args.limit + 10))
     numpyro.enable_x64()
     target = Target(args.target, args.data, args.callback)
     begin = time.process_time()
