@@ -29,6 +29,7 @@ tables are printed, medians over seeds.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def command(arguments: list, env=None) -> None:
     """Run a command.
 
     Raises:
-        Failure: with the last line that it wrote, where it fails or takes too long.
+        Failure: with the last error that it wrote, where it fails or takes too long.
     """
     done = subprocess.run(
         [str(a) for a in arguments],
@@ -224,8 +225,9 @@ def command(arguments: list, env=None) -> None:
     if done.returncode == -signal.SIGXCPU:
         raise Failure("takes too long")
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-        raise Failure(last[:200])
+        lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|ERROR):", line)]
+        raise Failure((named or lines)[-1][:200])
 
 
 # ---------------------------------------------------------------------------------------
