@@ -16,7 +16,7 @@ class KernelState(NamedTuple):
         z: the position, unconstrained.
         potential_energy: minus the log density at z.
         accept_prob: acceptance probability of the last proposal.
-        mean_accept_prob: its running mean, started anew after warm-up.
+        mean_accept_prob: its running mean, restarted after warm-up.
         diverging: whether the last proposal had a log density that was NaN or infinite.
         adapt_state: step size and inverse mass matrix, frozen after warm-up; of an algorithm that
             brings its own warm-up all that it learns.
