@@ -458,6 +458,7 @@ def test_a_gaussian_has_no_driver():
     np.testing.assert_array_equal(t.marginals[2:], [[0.0] * 6, [1.0] * 6])
 
 
+@pytest.mark.optimised  # the fault is of XLA's optimisations
 def test_degrees_that_were_not_chosen_are_zero_as_constants_too():
     """XLA left what multiplies a tensor of zeros uninitialised, for many points at once."""
     rng = np.random.default_rng(0)
@@ -465,10 +466,10 @@ def test_degrees_that_were_not_chosen_are_zero_as_constants_too():
     chosen = polynomial.Polynomial(tuple(tensors))
     padded = polynomial.Polynomial((*tensors, jnp.zeros((2,) * 5), jnp.zeros((2,) * 6)))
     z = jnp.asarray(rng.normal(size=(10_000, 2)))
-    expected = jax.jit(jax.vmap(polynomial.value_and_grad, (None, 0)))(chosen, z)
-    for _ in range(20):
-        found = jax.jit(jax.vmap(lambda z: polynomial.value_and_grad(padded, z)))(z)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), found, expected)
+    expected = jax.jit(jax.vmap(polynomial.value_and_grad, (None, 0)))(chosen, z)[0]
+    for _ in range(30):
+        found = jax.jit(jax.vmap(lambda z: polynomial.value_and_grad(padded, z)[0]))(z)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
