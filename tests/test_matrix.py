@@ -100,7 +100,7 @@ WITH_ESTIMATOR = {
     for policy in ("carried", "refreshed", "shared")
 } | {name: member.algorithm for name, member in SAMPLERS.items() if name != "mala"}
 OWN_ESTIMATE = Refused(
-    "the sampler makes its own gradient, along its tangents", TypeError, "mala alone takes an estim"
+    "the sampler makes its own gradient, along its tangents", TypeError, "takes an estimator"
 )
 ESTIMATOR_BY_SAMPLER = {
     field: {name: "exact" if "mala, " in name else OWN_ESTIMATE for name in WITH_ESTIMATOR}

@@ -333,7 +333,7 @@ def test_info_tells_the_weights():
             (info.proposal, info.proposal_log_weight),
         ):
             x, log_det = transport.forward(t, at.whitened)
-            g_z = polynomial.value_and_grad(g, at.whitened)[0] - at.whitened @ at.whitened / 2
+            g_z = g.value_and_grad(at.whitened)[0] - at.whitened @ at.whitened / 2
             np.testing.assert_allclose(x, at.position, atol=1e-12)
             np.testing.assert_allclose(target.logdensity_fn(x) + log_det - g_z, log_weight)
 
@@ -466,9 +466,9 @@ def test_degrees_that_were_not_chosen_are_zero_as_constants_too():
     chosen = polynomial.Polynomial(tuple(tensors))
     padded = polynomial.Polynomial((*tensors, jnp.zeros((2,) * 5), jnp.zeros((2,) * 6)))
     z = jnp.asarray(rng.normal(size=(10_000, 2)))
-    expected = jax.jit(jax.vmap(polynomial.value_and_grad, (None, 0)))(chosen, z)[0]
+    expected = jax.jit(jax.vmap(polynomial.Polynomial.value_and_grad, (None, 0)))(chosen, z)[0]
     for _ in range(30):
-        found = jax.jit(jax.vmap(lambda z: polynomial.value_and_grad(padded, z)[0]))(z)
+        found = jax.jit(jax.vmap(lambda z: padded.value_and_grad(z)[0]))(z)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -486,7 +486,7 @@ def test_the_polynomial_and_its_gradient(dim, degree):
     coefficients = jax.random.normal(KEY, (polynomial.num_monomials(dim, degree),))
     g = polynomial.from_coefficients(coefficients, dim, degree)
     z = jax.random.normal(jax.random.key(1), (dim,))
-    value, grad = polynomial.value_and_grad(g, z)
+    value, grad = g.value_and_grad(z)
     expected = lambda z: polynomial.monomials(polynomial.squash(z), degree) @ coefficients
     np.testing.assert_allclose(value, expected(z), rtol=1e-9)
     np.testing.assert_allclose(grad, jax.grad(expected)(z), rtol=1e-9, atol=1e-9)
@@ -508,15 +508,15 @@ def test_the_regression_recovers_a_polynomial(degree, dtype, error):
     dim, num = 3, 3000
     g = absurd_surrogate(dim, degree=degree)
     z = jax.random.normal(KEY, (num, dim))
-    values = jax.vmap(partial(polynomial.value_and_grad, g))(z)[0] - jnp.sum(z**2, axis=1) / 2
+    values = jax.vmap(g.value_and_grad)(z)[0] - jnp.sum(z**2, axis=1) / 2
     values = values.at[:5].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf, -1e9, jnp.nan]))
     core = jnp.quantile(values[5:], 0.02)
     fit = jax.jit(partial(regression.fit, anchor_weight=0.0))
     fitted = fit(KEY, z.astype(dtype), values.astype(dtype), core.astype(dtype))
     assert fitted.degree >= degree
     assert fitted.held_out_std < error
-    predicted = jax.vmap(partial(polynomial.value_and_grad, fitted.surrogate))(z.astype(dtype))[0]
-    remainder = jax.vmap(partial(polynomial.value_and_grad, g))(z)[0]
+    predicted = jax.vmap(fitted.surrogate.value_and_grad)(z.astype(dtype))[0]
+    remainder = jax.vmap(g.value_and_grad)(z)[0]
     # The constant is free.
     inside = jnp.all(jnp.abs(z) < 2, axis=1)
     assert jnp.std((predicted - remainder)[inside]) < error

@@ -10,7 +10,13 @@ import pytest
 
 import probbp
 from probbp.samplers.surrogate.pooled import schedule_of
-from probbp.samplers.surrogate.trust import Weights, warn_of_distrust, weights_of
+from probbp.samplers.surrogate.trust import (
+    Weights,
+    distrust_of_draws,
+    distrust_of_fit,
+    warn_of_distrust,
+    weights_of,
+)
 
 KEY = jax.random.key(0)
 START = {"a": jnp.zeros(2), "b": jnp.zeros(())}
@@ -122,14 +128,16 @@ def test_the_log_density_must_be_bound():
 )
 def test_distrust_is_a_warning(weights, std, words):
     with pytest.warns(UserWarning, match=words):
-        warn_of_distrust(weights, std)
+        warn_of_distrust(distrust_of_fit(std) + distrust_of_draws(weights))
 
 
 def test_trust_is_silent():
+    assert not distrust_of_fit(0.2)
+    assert not distrust_of_draws(Weights(0.5, 20.0))
+    assert not distrust_of_draws(Weights(1.5, 2.0))  # a heavy tail of weights that are all alike
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_distrust(Weights(0.5, 20.0), 0.2)
-        warn_of_distrust(Weights(1.5, 2.0), 0.2)  # a heavy tail of weights that are all alike
+        warn_of_distrust([])
 
 
 def test_a_heavy_tail_is_seen():

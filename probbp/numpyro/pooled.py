@@ -26,10 +26,10 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
 
     Returns:
         The Pareto shape of target over surrogate at the draws and the largest over the mean,
-        evaluations of the log density in warm-up, how often a chain was moved out of a mode without
-        weight, the surrogate's error at points that it was not fitted to, its degree, and the
-        number of drivers of the map. Where chains ran alone, sums of what was spent, and the worst
-        of what was learned.
+        evaluations of the log density and of an estimator in warm-up, how often a chain was moved
+        out of a mode without weight, the surrogate's error at points that it was not fitted to, its
+        degree, and the number of drivers of the map. Where chains ran alone, sums of what was
+        spent, and the worst of what was learned.
 
     Raises:
         ValueError: for a run of another kernel, and before `run`.
@@ -50,8 +50,9 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
     rest = getattr(mcmc.last_state, "adapt_state", None)
     if not isinstance(rest, pooled.Rest):
         raise ValueError("surrogate_report reads a run of Kernel(model, probbp.surrogate).")
-    log_weight = mcmc.get_extra_fields()["log_weight"]
-    return pooled.report(jax.device_get(rest), log_weight)
+    rest = jax.device_get(rest)
+    pooled.check(rest)
+    return pooled.report(rest, mcmc.get_extra_fields()["log_weight"])
 
 
 def init_chains(warmup: Warmup, rng_keys: jax.Array, starts: Tree) -> KernelState:

@@ -26,6 +26,7 @@ class Warmup(NamedTuple):
         run: `(rng_key, carry, schedule) -> (carry, acceptance rates)`, a chunk of steps; the rates
             are (chains, steps).
         parameters: `rest -> parameters` of the algorithm, which all chains share.
+        check: `rest -> None`, called before the draws; it warns where they will not be good.
         report: `(rest, log_weight) -> dict`, what was learned and what it cost, as numbers; it
             warns where the draws can't be trusted.
     """
@@ -35,6 +36,7 @@ class Warmup(NamedTuple):
     init: Callable[[Tree], tuple[Any, Any]]
     run: Callable[[jax.Array, tuple[Any, Any], jax.Array], tuple[tuple[Any, Any], jax.Array]]
     parameters: Callable[[Any], dict[str, Any]]
+    check: Callable[[Any], None]
     report: Callable[[Any, Any], dict[str, float]]
 
 
@@ -48,7 +50,7 @@ class Algorithm(GenerateSamplingAPI):
     `functools.partial(algorithm, **options)` both work.
 
     One that needs more than a step size and a scale brings its own warm-up,
-    `(logdensity_fn, num_steps, in_chunks, batch_size) -> Warmup`.
+    `(logdensity_fn, num_steps, in_chunks, batch_size, **options) -> Warmup`.
     """
 
     target_acceptance_rate: Callable[..., float]
@@ -68,8 +70,8 @@ class Algorithm(GenerateSamplingAPI):
         unknown = [name for name in options if name not in known]
         if unknown:
             hint = (
-                " Of the algorithms here probbp.mala alone takes an estimator; the others make "
-                "their own estimate, along their tangents."
+                " Of the algorithms here probbp.mala takes an estimator, and probbp.surrogate "
+                "for its warm-up; the others make their own estimate, along their tangents."
             )
             raise TypeError(
                 f"This algorithm has no option {unknown[0]!r}: it takes {', '.join(known)}."
@@ -119,13 +121,13 @@ def own_warmup(
     if not brings_warmup(algorithm):
         return None
     algorithm, args, options = _unwrapped(algorithm)
-    logdensity_fn = args[0] if args else options.get("logdensity_fn")
+    logdensity_fn = args[0] if args else options.pop("logdensity_fn", None)
     if logdensity_fn is None:
         raise ValueError(
             "This algorithm learns from values of the log density: give it as "
             "functools.partial(probbp.surrogate, logdensity_fn)."
         )
-    return algorithm.warmup(logdensity_fn, num_steps, in_chunks, batch_size)
+    return algorithm.warmup(logdensity_fn, num_steps, in_chunks, batch_size, **options)
 
 
 def _unwrapped(algorithm):

@@ -274,6 +274,8 @@ def sample(
 
         bar.set_description("sampling")
         states, adapted = carry
+        if own is not None:
+            own.check(on.get(adapted))
         learnt = on.jit(program.learn)(adapted)
         step_size = on.get(learnt["step_size"])
         keys_fn = on.jit(sample_keys)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.preprocessing import StandardScaler
 from statsmodels.datasets import engel, fair, grunfeld, macrodata, nile, stackloss
 
@@ -28,6 +28,12 @@ def tumours_all():
     """The same on all thirty measurements, 31 parameters."""
     data = load_breast_cancer()
     return partial(logistic, x=StandardScaler().fit_transform(data.data), y=data.target)
+
+
+def eights():
+    """Eights among handwritten digits: a logistic regression on all pixels, 65 parameters."""
+    data = load_digits()
+    return partial(logistic, x=StandardScaler().fit_transform(data.data), y=data.target == 8)
 
 
 def logistic(x, y):
@@ -336,6 +342,7 @@ TARGETS = {
         tumours_all,
         answers,
         volatility,
+        eights,
     )
 }
 REFUSED = {"influenza", "planet", "annuity"}

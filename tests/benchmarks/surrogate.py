@@ -11,7 +11,8 @@ squares, against the reference draws.
 
 With `--further`, the posteriors of `further.py`: the surrogate beside a random walk with a dense
 metric (10,000 steps of warm-up, 20,000 draws), and NUTS at its defaults (1,000 and 2,500), four
-chains each, all from uniform starts. "to 400" is how many evaluations a run takes until its
+chains each, all from uniform starts. Above 20 dimensions the surrogate runs a second time with
+gradients in its warm-up. "to 400" is how many evaluations a run takes until its
 smallest bulk ESS is 400, warm-up included; a gradient in reverse mode counts as two evaluations
 beside the value, in forward mode as one for each parameter. |z| is against NUTS's draws.
 
@@ -45,6 +46,7 @@ from scipy import stats
 
 import probbp
 from probbp.samplers.surrogate.kernel import whiten
+from probbp.samplers.surrogate.learning import MAX_MAP_DIM
 from probbp.samplers.surrogate.polynomial import (
     from_coefficients,
     largest_degree,
@@ -107,7 +109,7 @@ def print_posterior(posterior, seed: int, num_samples: int) -> None:
     begin = time.process_time()
     data, warned = sampled(
         seed,
-        logdensity(info),
+        partial(probbp.surrogate, logdensity(info)),
         partial(start, info.param_info.z, 0.1 if posterior.start else None),
         num_samples,
         postprocess_fn=info.postprocess_fn,
@@ -142,13 +144,13 @@ def start(like, spread, rng_key):
     return jax.tree.unflatten(structure, drawn)
 
 
-def sampled(seed: int, logdensity_fn: Callable, starts: Callable, num_samples: int, **options):
+def sampled(seed: int, algorithm: Callable, starts: Callable, num_samples: int, **options):
     """Return a run, and whether it warned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = probbp.sample(
             jax.random.key(seed),
-            partial(probbp.surrogate, logdensity_fn),
+            algorithm,
             starts,
             num_samples=num_samples,
             progress_bar=False,
@@ -190,6 +192,10 @@ def further_posteriors(args) -> None:
         for seed in range(args.seeds):
             result, warned = with_surrogate(info, seed, args)
             print_result(name, dim, f"surrogate, {seed}", result, truth, warned)
+        for seed in range(args.seeds if dim > MAX_MAP_DIM else 0):
+            estimator = probbp.estimators.reverse()
+            result, warned = with_surrogate(info, seed, args, estimator=estimator)
+            print_result(name, dim, f"gradients, {seed}", result, truth, warned)
 
 
 def with_nuts(model, dim: int, is_forward: bool, args) -> Result:
@@ -227,16 +233,17 @@ def with_random_walk(info, args) -> Result:
     return Result(draws, 4 * num_warmup, 4 * num_samples)
 
 
-def with_surrogate(info, seed: int, args) -> tuple[Result, bool]:
+def with_surrogate(info, seed: int, args, **options) -> tuple[Result, bool]:
     data, warned = sampled(
         seed,
-        logdensity(info),
+        partial(probbp.surrogate, logdensity(info), **options),
         partial(start, info.param_info.z, None),
         args.num_samples,
         postprocess_fn=info.postprocess_fn,
     )
     draws = {name: values.values for name, values in data.posterior.items()}
-    warm_up = data["sample_stats"].attrs["num_warmup_evaluations"]
+    attrs = data["sample_stats"].attrs
+    warm_up = attrs["num_warmup_evaluations"] + 3 * attrs["num_warmup_gradients"]
     return Result(draws, warm_up, 4 * args.num_samples), warned
 
 
@@ -422,16 +429,17 @@ def measured(target: Target, seed: int, num_samples: int) -> tuple[float, ...]:
     starts = partial(start, jnp.zeros(target.dim), None)
     if not jnp.isfinite(target.logdensity_fn(-jnp.ones(target.dim))):
         starts = lambda key: jnp.abs(start(jnp.zeros(target.dim), None, key))
-    data, warned = sampled(seed, target.logdensity_fn, starts, num_samples)
+    algorithm = partial(probbp.surrogate, target.logdensity_fn)
+    data, warned = sampled(seed, algorithm, starts, num_samples)
     x = data.posterior["x"].values
     values = {name: np.asarray(f(x), float) for name, (f, _) in target.statistics.items()}
     values = {name: v for name, v in values.items() if v.std() > 0}
-    draws = dataset(values)
-    error = az.mcse(draws, method="mean")
-    z = [abs(v.mean() - target.statistics[n][1]) / float(error[n]) for n, v in values.items()]
-    if len(values) < len(target.statistics):  # a set of positive probability was never entered
-        z.append(np.inf)
-    ess = min(float(value) for value in az.ess(draws, method="bulk").values())
+    z, ess = [np.inf] * (len(target.statistics) - len(values)), 0.0  # a set never entered, or left
+    if values:
+        draws = dataset(values)
+        error = az.mcse(draws, method="mean")
+        z += [abs(v.mean() - target.statistics[n][1]) / float(error[n]) for n, v in values.items()]
+        ess = min(float(value) for value in az.ess(draws, method="bulk").values())
     rhat = max(float(value) for value in az.rhat(dataset({"x": x[..., 0]})).values())
     attrs = data["sample_stats"].attrs
     per_draw = 1000 * ess / x[..., 0].size

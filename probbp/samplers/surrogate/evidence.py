@@ -20,11 +20,17 @@ from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
 from probbp.samplers.surrogate import regression
-from probbp.samplers.surrogate.inner import inner_transition, point_at, surrogate_logdensity
+from probbp.samplers.surrogate.inner import (
+    inner_transition,
+    point_at,
+    predictor,
+    surrogate_logdensity,
+)
 from probbp.samplers.surrogate.learning import fit_transport
-from probbp.samplers.surrogate.polynomial import Polynomial, value_and_grad
+from probbp.samplers.surrogate.polynomial import Polynomial
+from probbp.samplers.surrogate.ridges import Ridges
 from probbp.samplers.surrogate.transport import Transport, forward, inverse
-from probbp.samplers.surrogate.trust import reasons_for_distrust, weights_of
+from probbp.samplers.surrogate.trust import distrust_of_draws, distrust_of_fit, weights_of
 from probbp.types import LogDensity, Tree
 
 STEP_SIZES, NUM_STEPS = (0.4, 0.2, 0.1, 0.4, 0.2, 0.1, 0.4), 4
@@ -63,7 +69,7 @@ class Reference(NamedTuple):
     """
 
     transport: Transport
-    surrogate: Polynomial
+    surrogate: Polynomial | Ridges
     whitened: jax.Array
     held_out_std: jax.Array
 
@@ -128,7 +134,7 @@ def log_evidence(
     weigh = jax.jit(log_weight)
     at_draws = weigh(reference, rows[1], evaluate(rows[1])).reshape(num_chains, -1)
     weights, held_out_std = weights_of(at_draws), float(reference.held_out_std)
-    if reasons := reasons_for_distrust(weights, held_out_std):
+    if reasons := distrust_of_draws(weights) + distrust_of_fit(held_out_std):
         raise ValueError(
             f"The surrogate does not fit these draws: {'; '.join(reasons)}. Its evidence could be "
             "wrong without a sign of it. Give more draws, or remove strong curvature by another "
@@ -142,7 +148,7 @@ def log_evidence(
 
     free = draw(key_lower, reference, NUM_FREE)
     gaussian = jax.random.normal(key_gaussian, free.shape, free.dtype)
-    remainder = jax.jit(jax.vmap(lambda g, z: value_and_grad(g, z)[0], in_axes=(None, 0)))
+    remainder = jax.jit(jax.vmap(lambda g, z: g.value_and_grad(z)[0], in_axes=(None, 0)))
     at_free, at_gaussian = (remainder(reference.surrogate, z)[None] for z in (free, gaussian))
     lower, lower_error = bridge(at_free, at_gaussian)
     return Evidence(
@@ -167,7 +173,7 @@ def log_weight(reference: Reference, x: jax.Array, logdensity: jax.Array) -> jax
 
     def one(x, logdensity):
         whitened, log_det = inverse(reference.transport, x)
-        point = point_at(partial(value_and_grad, reference.surrogate), whitened)
+        point = point_at(predictor(reference.surrogate), whitened)
         return logdensity + log_det - surrogate_logdensity(point)
 
     return jax.vmap(one)(x, logdensity)
@@ -177,7 +183,7 @@ def draw_reference(rng_key: jax.Array, reference: Reference, num: int) -> jax.Ar
     """Draw whitened points from the surrogate, (num, d); no evaluation."""
     key_start, key_chain = jax.random.split(rng_key)
     rows = jax.random.randint(key_start, (num,), 0, len(reference.whitened))
-    predict = partial(value_and_grad, reference.surrogate)
+    predict = predictor(reference.surrogate)
 
     def chain(key, whitened):
         point = point_at(predict, whitened)

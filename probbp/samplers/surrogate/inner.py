@@ -9,7 +9,7 @@ Shahbaba, Lan, Johnson & Neal, 2014 (split Hamiltonian Monte Carlo).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ class Point(NamedTuple):
 
 Predict = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 """The remainder of the surrogate and its gradient."""
+
+
+def predictor(surrogate: Any) -> Predict:
+    """Return what predicts the remainder; `None` predicts none."""
+    if surrogate is None:
+        return lambda whitened: (jnp.zeros((), whitened.dtype), jnp.zeros_like(whitened))
+    return surrogate.value_and_grad
 
 
 def point_at(predict: Predict, whitened: jax.Array) -> Point:

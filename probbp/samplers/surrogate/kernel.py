@@ -19,10 +19,15 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from probbp.samplers import checks
-from probbp.samplers.surrogate.inner import Point, inner_transitions, point_at, surrogate_logdensity
-from probbp.samplers.surrogate.polynomial import value_and_grad
+from probbp.samplers.surrogate.inner import (
+    Point,
+    inner_transitions,
+    point_at,
+    predictor,
+    surrogate_logdensity,
+)
 from probbp.samplers.surrogate.transport import forward, inverse
-from probbp.types import LogDensity, Tree
+from probbp.types import Estimator, LogDensity, Tree
 
 SCALES = (1.0, 0.4, 0.15)
 """Factors of the inner step size; the first kind of move is global, the others are local."""
@@ -150,7 +155,7 @@ def build_kernel() -> Callable:
         factors = jnp.asarray((*SCALES, 1.0), dtype)
         inner_step_size = jnp.asarray(step_size, dtype) * factors[kind] * jitter
 
-        predict = partial(value_and_grad, surrogate)
+        predict = predictor(surrogate)
         here = point_at(predict, state.whitened)
         moved, inner_acceptance_rate = inner_transitions(
             key_inner, predict, here, inner_step_size, num_inner_transitions, num_inner_steps
@@ -191,6 +196,7 @@ def as_top_level_api(
     *,
     num_inner_transitions: int = 2,
     num_inner_steps: int = 4,
+    estimator: Estimator | None = None,
 ) -> SamplingAlgorithm:
     """Metropolis-Hastings whose proposal is a chain on a learned surrogate.
 
@@ -210,6 +216,9 @@ def as_top_level_api(
             last above zero: the walk reaches what the surrogate does not know.
         num_inner_transitions: Hamiltonian transitions on the surrogate in a step.
         num_inner_steps: integrator steps of each.
+        estimator: of the gradient, such as `probbp.estimators.reverse()`, for the warm-up of
+            `probbp.sample` and `Kernel`; a step uses none. Above some 20 dimensions, where values
+            alone say too little: ridge functions are then fitted to values and gradients.
 
     Returns:
         A `blackjax.SamplingAlgorithm`.
@@ -229,6 +238,7 @@ def as_top_level_api(
         acceptance); Zhang, Shahbaba & Zhao, 2017 (Hamiltonian Monte Carlo on surrogates); Parno &
         Marzouk, 2018 (transport maps).
     """
+    del estimator
     checks.check_step_size(step_size)
     _check_weights(weights)
     return build_sampling_algorithm(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.kernel import WALK, WEIGHTS, SurrogateState, whiten
 from probbp.samplers.surrogate.polynomial import Polynomial
-from probbp.samplers.surrogate.transport import Transport, affine, fit, inverse
+from probbp.samplers.surrogate.ridges import Ridges
+from probbp.samplers.surrogate.transport import Transport, affine, fit, forward, inverse
 
 MAX_DRAWS = 3000
 """Draws that a map is fitted to; of more every few are taken."""
@@ -33,13 +34,13 @@ class Parameters(NamedTuple):
     Attributes:
         step_size: of the inner integrator.
         transport: the map.
-        surrogate: the polynomial.
+        surrogate: the polynomial, or the ridges.
         weights: probabilities of the kinds.
     """
 
     step_size: jax.Array
     transport: Transport
-    surrogate: Polynomial
+    surrogate: Polynomial | Ridges
     weights: jax.Array
 
 
@@ -51,12 +52,15 @@ class History(NamedTuple):
         point_logdensity: f there.
         draws: the state after each step, (steps, chains, d).
         draw_logdensity: f there.
+        point_grads, draw_grads: estimates of the gradient there; `None` without an estimator.
     """
 
     points: jax.Array
     point_logdensity: jax.Array
     draws: jax.Array
     draw_logdensity: jax.Array
+    point_grads: jax.Array | None = None
+    draw_grads: jax.Array | None = None
 
 
 class Totals(NamedTuple):
@@ -79,11 +83,13 @@ class Report(NamedTuple):
     """What warm-up learned, and at what cost.
 
     Attributes:
-        num_evaluations: of the log density, all chains together; every one is counted.
+        num_evaluations: of the log density, all chains together; every one is counted, but for
+            those of the estimator.
+        num_gradients: evaluations of the estimator, each of a value and a gradient.
         num_relocated: how often a chain in a mode without weight was moved to another chain.
         held_out_std: error of the surrogate on points that it was not fitted to. Up to 0.4 is good;
             nothing is said of regions that no chain has seen.
-        degree: of the surrogate.
+        degree: of the polynomial; zero is none.
         num_drivers: of the map.
         acceptance_rate: (4,) by kind, in the last round.
         jump: (4,) by kind, expected squared jumps in whitened coordinates, in the last round.
@@ -91,6 +97,7 @@ class Report(NamedTuple):
     """
 
     num_evaluations: jax.Array
+    num_gradients: jax.Array
     num_relocated: jax.Array
     held_out_std: jax.Array
     degree: jax.Array
@@ -106,7 +113,8 @@ class WarmupState(NamedTuple):
     Attributes:
         states: of all chains, whitened by the current map.
         parameters: of the kernel.
-        walk_factor: (d, d), the shape of the random walk of the first phase.
+        grads: (chains, d), the drift of the walk at the states; zero without an estimator.
+        walk_factor: (d, d), the shape of the walk of the first phase.
         log_walk_scale: its size.
         history: of points and draws.
         totals: since the last fit.
@@ -117,6 +125,7 @@ class WarmupState(NamedTuple):
 
     states: SurrogateState
     parameters: Parameters
+    grads: jax.Array
     walk_factor: jax.Array
     log_walk_scale: jax.Array
     history: History
@@ -141,12 +150,16 @@ def relocate(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
     is_lost = best < worst[jnp.argmax(best)] - 50 - 10 * dim
     donors = jax.random.categorical(rng_key, jnp.where(is_lost, -jnp.inf, 0.0), shape=(num_chains,))
     source = jnp.where(is_lost, donors, jnp.arange(num_chains))
+    grads = carry.history.draw_grads
     history = carry.history._replace(
-        draws=carry.history.draws[:, source], draw_logdensity=logdensity[:, source]
+        draws=carry.history.draws[:, source],
+        draw_logdensity=logdensity[:, source],
+        draw_grads=None if grads is None else grads[:, source],
     )
     num_relocated = carry.report.num_relocated + jnp.sum(is_lost)
     return carry._replace(
         states=jax.tree.map(lambda leaf: leaf[source], carry.states),
+        grads=carry.grads[source],
         history=history,
         report=carry.report._replace(num_relocated=num_relocated),
     )
@@ -154,16 +167,19 @@ def relocate(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
 
 def rescale(carry: WarmupState) -> WarmupState:
     """Take the covariance of the latter two thirds of the steps as the walk's."""
-    draws = latest(carry.history.draws, carry.num_since - carry.num_since // 3)
+    history = carry.history
+    num_steps = carry.num_since - carry.num_since // 3
+    draws = latest(history.draws, num_steps)
     dim, dtype = draws.shape[1], draws.dtype
     # Shrunk as if five draws in a row said what one says, as they almost do.
-    num = (carry.num_since - carry.num_since // 3) * carry.history.draws.shape[1] / 5
-    covariance = covariance_of(draws)
-    diagonal = jnp.diag(jnp.diag(covariance))
-    shrunk = (num * covariance + dim * diagonal / 2) / (num + dim)
+    num = num_steps * history.draws.shape[1] / 5
+    covariance = shrunk(covariance_of(draws), num)
+    if history.draw_grads is not None:
+        grads = latest(history.draw_grads, num_steps)
+        covariance = between(covariance, shrunk(covariance_of(grads), num))
     return carry._replace(
-        walk_factor=jnp.linalg.cholesky(shrunk + TINY * jnp.eye(dim, dtype=dtype)),
-        log_walk_scale=first_walk_scale(dim, dtype),
+        walk_factor=jnp.linalg.cholesky(covariance + TINY * jnp.eye(dim, dtype=dtype)),
+        log_walk_scale=first_walk_scale(dim, dtype, history.draw_grads is not None),
         num_since=jnp.zeros((), int),
     )
 
@@ -178,11 +194,20 @@ def refit(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
     points = history.points.reshape(-1, draws.shape[1])
     point_logdensity = history.point_logdensity.ravel()
 
-    transport = fit_transport(draws, draw_logdensity, points, point_logdensity)
+    if history.draw_grads is None:
+        transport = fit_transport(draws, draw_logdensity, points, point_logdensity)
+    else:
+        transport = transport_by_grads(draws, latest(history.draw_grads, num_used))
     whitened, log_dets = jax.vmap(partial(inverse, transport))(points)
     _, draw_log_dets = jax.vmap(partial(inverse, transport))(draws)
     core = jnp.nanquantile(draw_logdensity + draw_log_dets, 0.02)
-    fitted = regression.fit(rng_key, whitened, point_logdensity + log_dets, core)
+    values = point_logdensity + log_dets
+    if history.point_grads is None:
+        fitted = regression.fit(rng_key, whitened, values, core)
+    else:
+        grads = history.point_grads.reshape(points.shape)
+        slopes = jax.vmap(partial(whitened_grad, transport))(whitened, grads)
+        fitted = regression.fit_ridges(rng_key, whitened, values, slopes, core)
 
     count = jnp.maximum(totals.count, 1)
     report = carry.report._replace(
@@ -240,10 +265,47 @@ def fit_transport(
         return fit(draws)
     covariance = covariance_of(draws)
     # Shrunk, as the draws of a walk may leave out directions.
-    shrunk = 0.9 * covariance + 0.1 * jnp.diag(jnp.diag(covariance) + TINY)
-    loc, factor = jnp.mean(draws, axis=0), jnp.linalg.cholesky(shrunk)
+    covariance = 0.9 * covariance + 0.1 * jnp.diag(jnp.diag(covariance) + TINY)
+    loc, factor = jnp.mean(draws, axis=0), jnp.linalg.cholesky(covariance)
     core = jnp.nanquantile(draw_logdensity, 0.02)
     return affine(*regression.curvature(loc, factor, points, point_logdensity, core))
+
+
+def transport_by_grads(draws: jax.Array, grads: jax.Array) -> Transport:
+    """Fit the map to draws and the gradients there; an affine one where there are many coordinates.
+
+    The affine one has the covariance between that of the draws and the inverse of the gradients',
+    which is exact for a Gaussian of which there are more draws than dimensions, wherever they are.
+    """
+    if draws.shape[1] <= MAX_MAP_DIM:
+        return fit(draws)
+    num = len(draws) / 5
+    covariance = between(shrunk(covariance_of(draws), num), shrunk(covariance_of(grads), num))
+    return affine(jnp.mean(draws, axis=0), jnp.linalg.cholesky(covariance))
+
+
+def whitened_grad(transport: Transport, whitened: jax.Array, grad: jax.Array) -> jax.Array:
+    """Return the gradient of f(T(z)) + log |det T'(z)| with respect to z, given that of f."""
+    _, pullback = jax.vjp(partial(forward, transport), whitened)
+    return pullback((grad, jnp.ones((), grad.dtype)))[0]
+
+
+def shrunk(covariance: jax.Array, num: jax.Array | float) -> jax.Array:
+    """Return a covariance of `num` draws, pulled to its diagonal."""
+    dim = len(covariance)
+    diagonal = jnp.diag(jnp.diag(covariance) + TINY)
+    return (num * covariance + dim * diagonal / 2) / (num + dim)
+
+
+def between(covariance: jax.Array, of_grads: jax.Array) -> jax.Array:
+    """Return the S for which S G S = C: the covariance of a Gaussian whose gradients have G.
+
+    The geometric mean of C and the inverse of G, which minimizes the Fisher divergence.
+    """
+    factor = jnp.linalg.cholesky(covariance)
+    values, axes = jnp.linalg.eigh(factor.T @ of_grads @ factor)
+    half = factor @ axes / jnp.sqrt(jnp.sqrt(jnp.maximum(values, TINY)))
+    return half @ half.T
 
 
 def latest(history: jax.Array, num_steps: jax.Array) -> jax.Array:
@@ -262,9 +324,15 @@ def covariance_of(draws: jax.Array) -> jax.Array:
     return centered.T @ centered / len(draws)
 
 
-def first_walk_scale(dim: int, dtype: Any) -> jax.Array:
-    """Return the log of the best size for a Gaussian whose covariance is known."""
-    return jnp.log(jnp.asarray(2.4 / dim**0.5, dtype))
+def first_walk_scale(dim: int, dtype: Any, is_guided: bool) -> jax.Array:
+    """Return the log of the best size for a Gaussian whose covariance is known.
+
+    Args:
+        dim: d.
+        dtype: of what is returned.
+        is_guided: whether gradients guide the walk.
+    """
+    return jnp.log(jnp.asarray(1.65 / dim ** (1 / 6) if is_guided else 2.4 / dim**0.5, dtype))
 
 
 def no_totals(dtype: Any) -> Totals:

@@ -34,31 +34,25 @@ class Polynomial(NamedTuple):
 
     tensors: tuple[jax.Array, ...]
 
+    def value_and_grad(self, whitened: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the remainder g(z) + |z|^2 / 2 and its gradient with respect to z.
 
-def value_and_grad(
-    surrogate: Polynomial | None, whitened: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the remainder g(z) + |z|^2 / 2 and its gradient with respect to z.
+        Exact. Each tensor is read once for both: all but one of its axes are contracted with s.
 
-    Exact. Each tensor is read once for both: all but one of its axes are contracted with s.
-
-    Args:
-        surrogate: the coefficients; `None` is no remainder.
-        whitened: z, (d,).
-    """
-    if surrogate is None:
-        return jnp.zeros((), whitened.dtype), jnp.zeros_like(whitened)
-    s = squash(whitened)
-    # Without the barrier XLA, on a CPU, turns products with a tensor of zeros that it knows at
-    # compile time, that of a degree which was not chosen, into memory that was never written.
-    constant, *others = jax.lax.optimization_barrier(surrogate.tensors)
-    value, grad, powers = constant, jnp.zeros_like(s), jnp.ones(1, s.dtype)
-    for degree, tensor in enumerate(others, start=1):
-        contracted = tensor.reshape(s.size, -1) @ powers
-        value = value + contracted @ s
-        grad = grad + degree * contracted
-        powers = jnp.outer(powers, s).ravel()
-    return value, grad * (1 - (s / SQUASH) ** 2)
+        Args:
+            whitened: z, (d,).
+        """
+        s = squash(whitened)
+        # Without the barrier XLA, on a CPU, turns products with a tensor of zeros that it knows at
+        # compile time, that of a degree which was not chosen, into memory that was never written.
+        constant, *others = jax.lax.optimization_barrier(self.tensors)
+        value, grad, powers = constant, jnp.zeros_like(s), jnp.ones(1, s.dtype)
+        for degree, tensor in enumerate(others, start=1):
+            contracted = tensor.reshape(s.size, -1) @ powers
+            value = value + contracted @ s
+            grad = grad + degree * contracted
+            powers = jnp.outer(powers, s).ravel()
+        return value, grad * (1 - (s / SQUASH) ** 2)
 
 
 def squash(whitened: jax.Array) -> jax.Array:

@@ -9,7 +9,12 @@ import numpy as np
 
 from probbp.samplers.algorithm import Warmup
 from probbp.samplers.surrogate.learning import WarmupState
-from probbp.samplers.surrogate.trust import warn_of_distrust, weights_of
+from probbp.samplers.surrogate.trust import (
+    distrust_of_draws,
+    distrust_of_fit,
+    warn_of_distrust,
+    weights_of,
+)
 from probbp.samplers.surrogate.warmup import (
     ROUNDS,
     WALKS,
@@ -18,7 +23,7 @@ from probbp.samplers.surrogate.warmup import (
     run_stage,
     run_steps,
 )
-from probbp.types import LogDensity
+from probbp.types import Estimator, LogDensity
 
 LEARN = ("rescale", "refit", "freeze")
 """What may be learned after a chunk; zero in the schedule is nothing, the others follow."""
@@ -45,6 +50,8 @@ def warmup(
     num_steps: int,
     in_chunks: bool = True,
     batch_size: int | None = None,
+    estimator: Estimator | None = None,
+    **options: Any,
 ) -> Warmup:
     """Write the warm-up on a log density.
 
@@ -55,10 +62,13 @@ def warmup(
             the same length, and something is learned at the end of one alone. Else a chunk is one
             step.
         batch_size: how many log densities are evaluated at once; all by default.
+        estimator: of the gradient, for warm-up alone.
+        **options: of the kernel, which warm-up does not heed.
 
     Raises:
         ValueError: for no steps: without them there is nothing to sample with.
     """
+    del options
     if num_steps < 1:
         raise ValueError(
             "probbp.surrogate learns all that it samples with in warm-up: num_warmup must be "
@@ -68,13 +78,21 @@ def warmup(
     schedule = schedule_of(chunk * NUM_STRETCHES if in_chunks else num_steps)
 
     def start(starts):
-        return split(init(logdensity_fn, starts, len(schedule), batch_size))
+        return split(init(logdensity_fn, starts, len(schedule), batch_size, estimator))
 
     def run(rng_key, carry, schedule):
         key_steps, key_learn = jax.random.split(rng_key)
         is_round, learn = schedule[0, 0], schedule[-1, 1]
         walk, rounds = (
-            partial(run_steps, key_steps, logdensity_fn, kind, len(schedule), batch_size=batch_size)
+            partial(
+                run_steps,
+                key_steps,
+                logdensity_fn,
+                kind,
+                len(schedule),
+                batch_size=batch_size,
+                estimator=estimator,
+            )
             for kind in ("walk", "round")
         )
         learned, rates = jax.lax.cond(is_round == 1, rounds, walk, joined(carry))
@@ -86,7 +104,7 @@ def warmup(
         learned = jax.lax.switch(jnp.minimum(learn, 2), [same, rescaled, refitted], learned)
         return split(jax.lax.cond(learn == 3, frozen, same, learned)), rates
 
-    return Warmup(schedule, chunk, start, run, parameters, report)
+    return Warmup(schedule, chunk, start, run, parameters, check, report)
 
 
 def schedule_of(num_steps: int) -> jax.Array:
@@ -106,6 +124,16 @@ def parameters(rest: Rest) -> dict[str, Any]:
     return rest.learned.parameters._asdict()
 
 
+def check(rest: Rest) -> None:
+    """Warn, before the draws, of a surrogate that does not predict the log density."""
+    warn_of_distrust(distrust_of_fit(held_out_std_of(rest)))
+
+
+def held_out_std_of(rest: Rest) -> float:
+    """Return the largest error of one or several warm-ups."""
+    return float(np.max(rest.learned.report.held_out_std))
+
+
 def report(rest: Rest, log_weight: Any) -> dict[str, float]:
     """Return what was learned, at what cost, and whether the draws may be trusted.
 
@@ -114,14 +142,15 @@ def report(rest: Rest, log_weight: Any) -> dict[str, float]:
         log_weight: target over surrogate at the draws.
     """
     found = rest.learned.report
-    weights, held_out_std = weights_of(log_weight), float(np.max(found.held_out_std))
-    warn_of_distrust(weights, held_out_std)
+    weights = weights_of(log_weight)
+    warn_of_distrust(distrust_of_draws(weights))
     return {
         "pareto_k": weights.pareto_k,
         "largest_weight": weights.largest,
         "num_warmup_evaluations": int(np.sum(found.num_evaluations)),
+        "num_warmup_gradients": int(np.sum(found.num_gradients)),
         "num_relocated": int(np.sum(found.num_relocated)),
-        "held_out_std": held_out_std,
+        "held_out_std": held_out_std_of(rest),
         "degree": int(np.min(found.degree)),
         "num_drivers": int(np.max(found.num_drivers)),
     }

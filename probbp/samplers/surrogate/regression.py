@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probbp.samplers.surrogate import ridges
 from probbp.samplers.surrogate.polynomial import (
     Polynomial,
     from_coefficients,
@@ -18,6 +19,7 @@ from probbp.samplers.surrogate.polynomial import (
     num_monomials,
     squash,
 )
+from probbp.samplers.surrogate.ridges import Ridges
 
 RIDGE = 1e-7
 NUM_ANCHORS = 1500
@@ -31,18 +33,21 @@ MIN_CURVATURE = 1e-4
 FOLDS = 5
 """One in so many is held out."""
 
+MAX_RIDGE_POINTS = 5000
+"""Points that ridges are fitted to, the latest."""
+
 
 class Fit(NamedTuple):
     """A surrogate and how good it is.
 
     Attributes:
-        surrogate: the polynomial.
-        degree: the one chosen; coefficients beyond it are zero.
+        surrogate: the polynomial, or the ridges.
+        degree: of the polynomial, the one chosen; coefficients beyond it are zero.
         held_out_std: standard deviation of l - g on points that the choice of coefficients did not
             see. It predicts the acceptance rate of independent proposals, 2 Phi(-std / sqrt 2).
     """
 
-    surrogate: Polynomial
+    surrogate: Polynomial | Ridges
     degree: jax.Array
     held_out_std: jax.Array
 
@@ -132,6 +137,44 @@ def fit(
         jnp.where(is_better, 2 + best, 0),
         jnp.minimum(stds[best], base_std),
     )
+
+
+def fit_ridges(
+    rng_key: jax.Array,
+    whitened: jax.Array,
+    logdensity: jax.Array,
+    slopes: jax.Array,
+    core: jax.Array,
+) -> Fit:
+    """Fit ridges to values and gradients, to nine tenths of the points.
+
+    Where they predict the rest no better than the Gaussian does, there are none.
+
+    Args:
+        rng_key: key of the tenth and of the ridges.
+        whitened: z of all points, (n, d); the last ones are used, see `MAX_RIDGE_POINTS`.
+        logdensity: l there, (n,); a point where it is not finite has no weight.
+        slopes: gradient of l with respect to z, (n, d).
+        core: as in `fit`.
+    """
+    whitened, logdensity, slopes = (
+        leaf[-MAX_RIDGE_POINTS:] for leaf in (whitened, logdensity, slopes)
+    )
+    weights = point_weights(whitened, logdensity, core)
+    weights = jnp.where(jnp.all(jnp.isfinite(slopes), axis=1), weights, 0)
+    is_core = (weights > 0) & (logdensity > core)
+    remainder = jnp.where(weights > 0, logdensity + jnp.sum(whitened**2, axis=1) / 2, 0)
+    remainder = jnp.where(weights > 0, remainder - weighted_mean(remainder, weights), 0)
+    key_unseen, key_fit = jax.random.split(rng_key)
+    is_unseen = jax.random.bernoulli(key_unseen, 0.1, weights.shape)
+    seen = jnp.where(is_unseen, 0, weights)
+    fitted = ridges.fit(key_fit, whitened, remainder, slopes + whitened, seen)
+    unseen = weights * is_core * is_unseen
+    values, _ = fitted.value_and_grad(jnp.where(weights[:, None] > 0, whitened, 0))
+    std, base_std = (weighted_std(error, unseen) for error in (values - remainder, remainder))
+    is_better = std < base_std
+    fitted = jax.tree.map(lambda leaf: jnp.where(is_better, leaf, 0), fitted)
+    return Fit(fitted, jnp.zeros((), int), jnp.where(is_better, std, base_std))
 
 
 def affordable_degree(dim: int, num_points: int) -> int:

@@ -50,29 +50,34 @@ def weights_of(log_weight: Any) -> Weights:
     return Weights(k, float(1 / weight.mean()))
 
 
-def reasons_for_distrust(weights: Weights, held_out_std: float) -> list[str]:
+def distrust_of_fit(held_out_std: float) -> list[str]:
+    """Say what is wrong with a surrogate before the first draw; nothing where it predicts well."""
+    if held_out_std <= LARGEST_STD:
+        return []
+    return [
+        f"the surrogate misses the log density by {held_out_std:.2f} (up to {LARGEST_STD} is fine) "
+        "at points that it was not fitted to"
+    ]
+
+
+def distrust_of_draws(weights: Weights) -> list[str]:
     """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
-    reasons = []
-    if not (weights.pareto_k <= LARGEST_K or weights.largest <= SMALL_WEIGHT):
-        reasons.append(
-            f"target over surrogate has a Pareto shape of {weights.pareto_k:.1f} at the draws (up "
-            f"to {LARGEST_K:.0f} is fine), and is up to {weights.largest:.0f} times its mean: the "
-            "chains have been where the surrogate is wrong"
-        )
-    if not held_out_std <= LARGEST_STD:
-        reasons.append(
-            f"the surrogate misses the log density by {held_out_std:.2f} (up to {LARGEST_STD} is "
-            "fine) at points that it was not fitted to"
-        )
-    return reasons
+    if weights.pareto_k <= LARGEST_K or weights.largest <= SMALL_WEIGHT:
+        return []
+    return [
+        f"target over surrogate has a Pareto shape of {weights.pareto_k:.1f} at the draws (up to "
+        f"{LARGEST_K:.0f} is fine), and is up to {weights.largest:.0f} times its mean: the chains "
+        "have been where the surrogate is wrong"
+    ]
 
 
-def warn_of_distrust(weights: Weights, held_out_std: float) -> None:
-    """Warn where the draws may be wrong although the chains agree."""
-    if reasons := reasons_for_distrust(weights, held_out_std):
+def warn_of_distrust(reasons: list[str]) -> None:
+    """Warn where there are reasons."""
+    if reasons:
         warnings.warn(
             f"The draws may be wrong even where R-hat is small: {'; '.join(reasons)}. Give more "
-            "num_warmup, remove strong curvature by another parameterization, or compare with "
-            "NUTS where the log density has a gradient, with probbp.pc_line_fmala where not.",
+            "num_warmup, remove strong curvature by another parameterization, or, where the log "
+            "density has a gradient, give its estimator (probbp.estimators.reverse()) or use NUTS; "
+            "where not, compare with probbp.pc_line_fmala.",
             stacklevel=3,
         )

@@ -31,9 +31,11 @@ from probbp.samplers.surrogate.learning import (
     refit,
     relocate,
     rescale,
+    transport_by_grads,
 )
 from probbp.samplers.surrogate.polynomial import from_coefficients, num_monomials
-from probbp.types import LogDensity, Tree
+from probbp.samplers.surrogate.ridges import no_ridges
+from probbp.types import Estimator, LogDensity, Tree
 
 WALKS, ROUNDS = (1, 2, 4, 8), (2, 4, 8)
 """Stretches between fits; all are of the same length, so that few programs are compiled."""
@@ -76,7 +78,11 @@ def stages(num_steps: int) -> list[Stage]:
 
 
 def init(
-    logdensity_fn: LogDensity, starts: Tree, num_steps: int, batch_size: int | None = None
+    logdensity_fn: LogDensity,
+    starts: Tree,
+    num_steps: int,
+    batch_size: int | None = None,
+    estimator: Estimator | None = None,
 ) -> WarmupState:
     """Return the state at the start.
 
@@ -85,6 +91,7 @@ def init(
         starts: positions of the chains, a pytree with the chains as leading axis.
         num_steps: of each chain; the history holds as many as the fits use.
         batch_size: how many log densities are evaluated at once; all by default.
+        estimator: of the gradient, see `adapt`. The first steps go without.
     """
     logdensity = _over_chains(logdensity_fn, batch_size)(starts)
     states = jax.vmap(partial(whiten, None))(starts, logdensity)
@@ -93,23 +100,24 @@ def init(
     num_kept = min(num_steps, -(-MAX_POINTS // num_chains))
     blank = jnp.zeros((num_kept, num_chains, dim), dtype)
     none = jnp.full((num_kept, num_chains), -jnp.inf, dtype)
-    degree = regression.affordable_degree(dim, num_kept * num_chains)
     parameters = Parameters(
         jnp.asarray(LARGEST_STEP_SIZE, dtype),
-        _blank_transport(dim, dtype),
-        from_coefficients(jnp.zeros(num_monomials(dim, degree), dtype), dim, degree),
+        _blank_transport(dim, dtype, estimator is not None),
+        _blank_surrogate(dim, num_kept * num_chains, dtype, estimator is not None),
         jnp.asarray(ROUND_WEIGHTS, dtype),
     )
+    grads = () if estimator is None else (blank, blank)
     zero = jnp.zeros((), int)
     nan = jnp.full((), jnp.nan, dtype)
     unknown = jnp.full(WALK + 1, jnp.nan, dtype)
-    report = Report(jnp.asarray(num_chains), zero, nan, zero, zero, unknown, unknown, nan)
+    report = Report(jnp.asarray(num_chains), zero, zero, nan, zero, zero, unknown, unknown, nan)
     return WarmupState(
         states,
         parameters,
+        jnp.zeros((num_chains, dim), dtype),
         0.1 * jnp.eye(dim, dtype=dtype),
-        first_walk_scale(dim, dtype),
-        History(blank, none, blank, none),
+        first_walk_scale(dim, dtype, estimator is not None),
+        History(blank, none, blank, none, *grads),
         no_totals(dtype),
         zero,
         zero,
@@ -118,20 +126,26 @@ def init(
 
 
 def run_stage(
-    rng_key: jax.Array, logdensity_fn: LogDensity, carry: WarmupState, stage: Stage
+    rng_key: jax.Array,
+    logdensity_fn: LogDensity,
+    carry: WarmupState,
+    stage: Stage,
+    estimator: Estimator | None = None,
 ) -> WarmupState:
-    """Run a stage; to be compiled with `logdensity_fn` and `stage` static.
+    """Run a stage; to be compiled with `logdensity_fn`, `stage` and `estimator` static.
 
     Args:
         rng_key: key of the stage.
         logdensity_fn: log density up to a constant.
         carry: from the stage before.
         stage: one of `stages`.
+        estimator: the one of `init`.
 
     Cost: one evaluation per step and chain, none where it learns.
     """
     if not _learns(stage):
-        return run_steps(rng_key, logdensity_fn, stage.kind, stage.num_steps, carry)[0]
+        steps = stage.kind, stage.num_steps, carry
+        return run_steps(rng_key, logdensity_fn, *steps, estimator=estimator)[0]
     if stage.kind == "rescale":
         return rescale(relocate(rng_key, carry))
     if stage.kind == "freeze":
@@ -147,14 +161,19 @@ def run_steps(
     num_steps: int,
     carry: WarmupState,
     batch_size: int | None = None,
+    estimator: Estimator | None = None,
 ) -> tuple[WarmupState, jax.Array]:
     """Take steps of a "walk" or a "round"; return also their acceptance rates, (chains, steps)."""
     steps = {"walk": _walk, "round": _round}[kind]
-    return steps(rng_key, logdensity_fn, carry, num_steps, batch_size)
+    return steps(rng_key, logdensity_fn, carry, num_steps, batch_size, estimator)
 
 
 def adapt(
-    rng_key: jax.Array, logdensity_fn: LogDensity, starts: Tree, num_steps: int = 2900
+    rng_key: jax.Array,
+    logdensity_fn: LogDensity,
+    starts: Tree,
+    num_steps: int = 2900,
+    estimator: Estimator | None = None,
 ) -> tuple[SurrogateState, Parameters, Report]:
     """Run the whole warm-up.
 
@@ -163,13 +182,16 @@ def adapt(
     enters seldom and leaves late. R-hat does not show it: all chains share what was learned. A
     longer warm-up helps.
 
-    Cost: `num_steps + 1` evaluations per chain, and four fits of map and surrogate.
+    Cost: `num_steps + 1` evaluations per chain, and four fits of map and surrogate. With an
+    estimator, `num_steps` of it per chain, and evaluations in the latter half of the steps.
 
     Args:
         rng_key: key of the run.
         logdensity_fn: log density up to a constant.
         starts: positions of the chains, a pytree with the chains as leading axis.
         num_steps: of each chain.
+        estimator: of the gradient, for many dimensions. With one the walks are Langevin steps, and
+            the surrogate is a sum of ridge functions, fitted to values and gradients.
 
     Returns:
         States, whitened by the map that was learned; the parameters of the kernel
@@ -183,43 +205,63 @@ def adapt(
         >>> states, parameters, report = adapt(jax.random.key(1), logdensity_fn, starts, 200)
         >>> sampler = probbp.surrogate(logdensity_fn, **parameters._asdict())
     """
-    run = jax.jit(run_stage, static_argnums=(1, 3), donate_argnums=2)
-    carry = jax.jit(init, static_argnums=(0, 2))(logdensity_fn, starts, num_steps)
+    run = jax.jit(run_stage, static_argnums=(1, 3, 4), donate_argnums=2)
+    first = partial(init, logdensity_fn, num_steps=num_steps, estimator=estimator)
+    carry = jax.jit(first)(starts)
     for i, stage in enumerate(stages(num_steps)):
-        carry = run(jax.random.fold_in(rng_key, i), logdensity_fn, carry, stage)
+        carry = run(jax.random.fold_in(rng_key, i), logdensity_fn, carry, stage, estimator)
     return carry.states, carry.parameters, carry.report
 
 
-def _walk(rng_key, logdensity_fn, carry, num_steps, batch_size):
-    """Take steps of an adaptive random walk, whose size all chains share."""
+def _walk(rng_key, logdensity_fn, carry, num_steps, batch_size, estimator):
+    """Take steps of an adaptive walk, whose size all chains share: random, or guided by gradients.
+
+    A guided one is a Langevin proposal; a gradient of zero makes it a random walk.
+    """
     flat, unravel = _flat(carry.states.position)
-    values = _over_chains(lambda x: logdensity_fn(unravel(x)), batch_size)
     num_chains = len(flat)
+    flat_logdensity = lambda x: logdensity_fn(unravel(x))
+    if estimator is None:
+        values = _over_chains(flat_logdensity, batch_size)
+        values_and_grads = lambda keys, x: (values(x), jnp.zeros(x.shape, carry.grads.dtype))
+    else:
+        values_and_grads = _over_chains(estimator(flat_logdensity), batch_size)
+    best_rate = 0.25 if estimator is None else 0.57
 
     def body(loop, inputs):
-        x, fx, log_scale = loop
+        x, fx, gx, log_scale = loop
         key, i = inputs
-        key_noise, key_accept = jax.random.split(key)
+        key_noise, key_accept, key_grad = jax.random.split(key, 3)
         noise = jax.random.normal(key_noise, x.shape, carry.walk_factor.dtype)
-        y = (x + jnp.exp(log_scale) * noise @ carry.walk_factor.T).astype(x.dtype)
-        fy = values(y)
-        log_ratio = jnp.where(jnp.isnan(fy - fx), -jnp.inf, fy - fx)
+        size = jnp.exp(log_scale)
+        move = size * noise + size**2 / 2 * gx @ carry.walk_factor
+        y = (x + move @ carry.walk_factor.T).astype(x.dtype)
+        fy, gy = values_and_grads(jax.random.split(key_grad, num_chains), y)
+        noise_back = noise + size / 2 * (gx + gy) @ carry.walk_factor
+        log_ratio = fy - fx + jnp.sum(noise**2 - noise_back**2, axis=1) / 2
+        log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
         is_accepted = jnp.log(jax.random.uniform(key_accept, (num_chains,))) < log_ratio
-        x, fx = jnp.where(is_accepted[:, None], y, x), jnp.where(is_accepted, fy, fx)
+        x, gx = (jnp.where(is_accepted[:, None], new, old) for new, old in ((y, x), (gy, gx)))
+        fx = jnp.where(is_accepted, fy, fx)
         rates = jnp.exp(jnp.minimum(log_ratio, 0))
         gain = 2 / (carry.num_since + i + 3.0) ** 0.6
-        log_scale = (log_scale + gain * (jnp.mean(rates) - 0.25)).astype(log_scale.dtype)
-        return (x, fx, log_scale), (History(y, fy, x, fx), rates)
+        log_scale = (log_scale + gain * (jnp.mean(rates) - best_rate)).astype(log_scale.dtype)
+        grads = () if estimator is None else (gy, gx)
+        return (x, fx, gx.astype(carry.grads.dtype), log_scale), (
+            History(y, fy, x, fx, *grads),
+            rates,
+        )
 
-    loop = flat, carry.states.logdensity, carry.log_walk_scale
+    loop = flat, carry.states.logdensity, carry.grads, carry.log_walk_scale
     inputs = jax.random.split(rng_key, num_steps), jnp.arange(num_steps)
-    (flat, logdensity, log_scale), (seen, rates) = jax.lax.scan(body, loop, inputs)
+    (flat, logdensity, grads, log_scale), (seen, rates) = jax.lax.scan(body, loop, inputs)
     states = jax.vmap(partial(whiten, None))(jax.vmap(unravel)(flat), logdensity)
-    carry = _advance(carry, states, seen, num_steps)._replace(log_walk_scale=log_scale)
-    return carry, rates.T
+    counts = (1, 0) if estimator is None else (0, 1)
+    carry = _advance(carry, states, seen, num_steps, *counts)
+    return carry._replace(log_walk_scale=log_scale, grads=grads), rates.T
 
 
-def _round(rng_key, logdensity_fn, carry, num_steps, batch_size):
+def _round(rng_key, logdensity_fn, carry, num_steps, batch_size, estimator):
     """Take steps of the kernel as it is learned so far."""
     kernel = build_kernel()
     _, unravel = _flat(carry.states.position)
@@ -227,10 +269,21 @@ def _round(rng_key, logdensity_fn, carry, num_steps, batch_size):
     num_chains = len(carry.states.logdensity)
 
     def body(loop, key):
-        states, totals = loop
-        keys = jax.random.split(key, num_chains)
+        states, grads, totals = loop
+        key_step, key_grad = jax.random.split(key)
         step = lambda key, state: kernel(key, state, logdensity_fn, *carry.parameters)
+        keys = jax.random.split(key_step, num_chains)
         new, info = _over_chains(step, batch_size)(keys, states)
+        proposed = flatten(info.proposal.position)
+        seen = proposed, info.proposal.logdensity, flatten(new.position), new.logdensity
+        if estimator is not None:
+            value_and_grad = estimator(lambda x: logdensity_fn(unravel(x)))
+            keys = jax.random.split(key_grad, num_chains)
+            _, there = _over_chains(value_and_grad, batch_size)(keys, proposed)
+            there = there.astype(grads.dtype)
+            grads = jnp.where(info.is_accepted[:, None], there, grads)
+            seen = *seen, there, grads
+
         distance = jnp.sum((info.proposal.whitened - states.whitened) ** 2, axis=1)
         jump = jnp.where(info.acceptance_rate > 0, info.acceptance_rate * distance, 0)
         is_kind = jax.nn.one_hot(info.kind, WALK + 1, dtype=totals.count.dtype)
@@ -238,17 +291,13 @@ def _round(rng_key, logdensity_fn, carry, num_steps, batch_size):
         totals = Totals(
             *(t + v.astype(t.dtype) @ is_kind for t, v in zip(totals, values, strict=True))
         )
-        seen = History(
-            flatten(info.proposal.position),
-            info.proposal.logdensity,
-            flatten(new.position),
-            new.logdensity,
-        )
-        return (new, totals), (seen, info.acceptance_rate)
+        return (new, grads, totals), (History(*seen), info.acceptance_rate)
 
+    loop = carry.states, carry.grads, carry.totals
     keys = jax.random.split(rng_key, num_steps)
-    (states, totals), (seen, rates) = jax.lax.scan(body, (carry.states, carry.totals), keys)
-    return _advance(carry, states, seen, num_steps)._replace(totals=totals), rates.T
+    (states, grads, totals), (seen, rates) = jax.lax.scan(body, loop, keys)
+    carry = _advance(carry, states, seen, num_steps, 1, 0 if estimator is None else 1)
+    return carry._replace(totals=totals, grads=grads), rates.T
 
 
 def _over_chains(fun, batch_size):
@@ -262,20 +311,24 @@ def _learns(stage):
     return stage.kind not in ("walk", "round")
 
 
-def _advance(carry, states, seen, num_steps):
-    """Append steps to the history, and count them."""
+def _advance(carry, states, seen, num_steps, num_values, num_grads):
+    """Append steps to the history, and count what each of them cost a chain."""
     history = jax.tree.map(
         lambda old, new: jnp.concatenate([old, new.astype(old.dtype)])[-len(old) :],
         carry.history,
         seen,
     )
     num_chains = seen.draw_logdensity.shape[1]
-    num_evaluations = carry.report.num_evaluations + num_steps * num_chains
+    num = num_steps * num_chains
+    report = carry.report._replace(
+        num_evaluations=carry.report.num_evaluations + num_values * num,
+        num_gradients=carry.report.num_gradients + num_grads * num,
+    )
     return carry._replace(
         states=states,
         history=history,
         num_since=carry.num_since + num_steps,
-        report=carry.report._replace(num_evaluations=num_evaluations),
+        report=report,
     )
 
 
@@ -285,8 +338,20 @@ def _flat(position):
     return jax.vmap(lambda tree: ravel_pytree(tree)[0])(position), unravel
 
 
-def _blank_transport(dim, dtype):
+def _blank_transport(dim, dtype, has_grads):
     """Return a map of the shapes that fits have."""
     draws, values = jnp.zeros((2, dim), dtype), jnp.zeros(2, dtype)
-    shapes = jax.eval_shape(fit_transport, draws, values, draws, values)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    fitted = (
+        jax.eval_shape(transport_by_grads, draws, draws)
+        if has_grads
+        else jax.eval_shape(fit_transport, draws, values, draws, values)
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fitted)
+
+
+def _blank_surrogate(dim, num_points, dtype, has_grads):
+    """Return a surrogate of the shapes that fits have."""
+    if has_grads:
+        return no_ridges(dim, dtype)
+    degree = regression.affordable_degree(dim, num_points)
+    return from_coefficients(jnp.zeros(num_monomials(dim, degree), dtype), dim, degree)
