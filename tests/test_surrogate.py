@@ -452,6 +452,56 @@ def test_the_map_finds_its_driver_and_whitens(draw, driver, dtype):
     assert jnp.all(jnp.abs(squares) < 0.15)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_values_refine_the_map_where_no_draw_has_been(dtype):
+    """A funnel of whose neck no draw is: values elsewhere say where it leads."""
+
+    def logdensity_fn(x):
+        return -(x[0] ** 2) / 18 - jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) / 2 - 3 * x[0] / 2
+
+    noise = jax.random.normal(KEY, (400, 4), dtype)
+    v = 3 * jnp.maximum(noise[:, :1], -0.3 - 0.2 * jnp.abs(noise[:, 1:2]))
+    x = jnp.concatenate([v, noise[:, 1:] * jnp.exp(v / 2)], axis=1)
+    values = jax.vmap(logdensity_fn)(x).astype(dtype).at[0].set(jnp.nan)
+    weights = jnp.ones(400, dtype).at[0].set(0)
+    first = transport.fit(x, inflation=1.0)
+    refined = transport.refine(first, x, values, weights)
+    assert refined.loc.dtype == dtype
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(refined))
+
+    def spread(t, v):
+        z = jax.random.normal(jax.random.key(1), (200, 3), dtype)
+        x = jnp.concatenate([jnp.full((200, 1), v, dtype), z * np.exp(v / 2)], axis=1)
+        z, log_det = jax.vmap(partial(transport.inverse, t))(x)
+        return jnp.std(jax.vmap(logdensity_fn)(x) + log_det + jnp.sum(z**2, axis=1) / 2)
+
+    if dtype == "float64":
+        assert spread(refined, 3.0) < 0.05 < 0.3 < spread(first, 3.0)
+        assert spread(refined, -6.0) < 10 < 1e3 < spread(first, -6.0)
+    else:  # rounding ends the search early
+        assert spread(refined, 3.0) < spread(first, 3.0)
+
+
+def test_what_the_map_leaves_widens_it():
+    """A Gaussian that fits is kept as it is, one that does not is a tenth wider."""
+    z = jax.random.normal(KEY, (400, 3))
+    first = transport.fit(z, inflation=1.0)
+    values = -jnp.sum(z**2, axis=1) / 2
+    for noise, width in ((0.0, 1.0), (1.0, 1.1)):
+        t = transport.refine(first, z, values + noise * jnp.cos(9 * z[:, 0]), jnp.ones(400))
+        x, _ = jax.vmap(partial(transport.forward, t))(z)
+        np.testing.assert_allclose(jnp.std(x, axis=0), width, rtol=0.01 + 0.1 * noise)
+
+
+def test_an_inflated_map():
+    t = absurd_transport(6)
+    z = jax.random.normal(KEY, (6,))
+    x, log_det = transport.forward(transport.inflate(t, 1.3), z)
+    expected, plain = transport.forward(t, 1.3 * z)
+    np.testing.assert_allclose(x, expected)
+    np.testing.assert_allclose(log_det, plain + 6 * np.log(1.3))
+
+
 def test_a_gaussian_has_no_driver():
     t = transport.fit(anisotropic(6).draw(KEY, 2000))
     assert not jnp.any(t.is_used)

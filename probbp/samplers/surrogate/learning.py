@@ -13,8 +13,16 @@ import jax.numpy as jnp
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.kernel import WALK, WEIGHTS, SurrogateState, whiten
 from probbp.samplers.surrogate.polynomial import Polynomial
+from probbp.samplers.surrogate.regression import point_weights
 from probbp.samplers.surrogate.ridges import Ridges
-from probbp.samplers.surrogate.transport import Transport, affine, fit, forward, inverse
+from probbp.samplers.surrogate.transport import (
+    Transport,
+    affine,
+    fit,
+    forward,
+    inverse,
+    refine,
+)
 
 MAX_DRAWS = 3000
 """Draws that a map is fitted to; of more every few are taken."""
@@ -194,10 +202,10 @@ def refit(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
     points = history.points.reshape(-1, draws.shape[1])
     point_logdensity = history.point_logdensity.ravel()
 
-    if history.draw_grads is None:
-        transport = fit_transport(draws, draw_logdensity, points, point_logdensity)
-    else:
-        transport = transport_by_grads(draws, latest(history.draw_grads, num_used))
+    draw_grads = None
+    if history.draw_grads is not None:
+        draw_grads = latest(history.draw_grads, num_used)
+    transport = fit_transport(draws, draw_logdensity, points, point_logdensity, draw_grads)
     whitened, log_dets = jax.vmap(partial(inverse, transport))(points)
     _, draw_log_dets = jax.vmap(partial(inverse, transport))(draws)
     core = jnp.nanquantile(draw_logdensity + draw_log_dets, 0.02)
@@ -254,34 +262,35 @@ def fit_transport(
     draw_logdensity: jax.Array,
     points: jax.Array,
     point_logdensity: jax.Array,
+    draw_grads: jax.Array | None = None,
 ) -> Transport:
-    """Fit the map: to draws alone where there are few coordinates, else an affine one.
+    """Fit the map: to draws and then to values where there are few coordinates, else an affine one.
 
-    The affine one has the moments of the draws, improved by the curvature of the log density where
-    a quadratic regression on the points finds one.
+    With gradients the affine one has the covariance between that of the draws and the inverse of
+    the gradients', which is exact for a Gaussian. Without, it has the moments of the draws,
+    improved by the curvature of the log density where a quadratic regression on the points finds
+    one.
     """
     dim = draws.shape[1]
     if dim <= MAX_MAP_DIM:
-        return fit(draws)
+        first = fit(draws, inflation=1.0)
+        _, log_dets = jax.vmap(partial(inverse, first))(draws)
+        core = jnp.nanquantile(draw_logdensity + log_dets, 0.02)
+        # The latest last, evenly taken.
+        step = -(-len(points) // MAX_DRAWS)
+        points, values = points[::-step][::-1], point_logdensity[::-step][::-1]
+        whitened, log_dets = jax.vmap(partial(inverse, first))(points)
+        return refine(first, points, values, point_weights(whitened, values + log_dets, core))
     covariance = covariance_of(draws)
+    if draw_grads is not None:
+        num = len(draws) / 5
+        parts = shrunk(covariance, num), shrunk(covariance_of(draw_grads), num)
+        return affine(jnp.mean(draws, axis=0), jnp.linalg.cholesky(between(*parts)))
     # Shrunk, as the draws of a walk may leave out directions.
     covariance = 0.9 * covariance + 0.1 * jnp.diag(jnp.diag(covariance) + TINY)
     loc, factor = jnp.mean(draws, axis=0), jnp.linalg.cholesky(covariance)
     core = jnp.nanquantile(draw_logdensity, 0.02)
     return affine(*regression.curvature(loc, factor, points, point_logdensity, core))
-
-
-def transport_by_grads(draws: jax.Array, grads: jax.Array) -> Transport:
-    """Fit the map to draws and the gradients there; an affine one where there are many coordinates.
-
-    The affine one has the covariance between that of the draws and the inverse of the gradients',
-    which is exact for a Gaussian of which there are more draws than dimensions, wherever they are.
-    """
-    if draws.shape[1] <= MAX_MAP_DIM:
-        return fit(draws)
-    num = len(draws) / 5
-    covariance = between(shrunk(covariance_of(draws), num), shrunk(covariance_of(grads), num))
-    return affine(jnp.mean(draws, axis=0), jnp.linalg.cholesky(covariance))
 
 
 def whitened_grad(transport: Transport, whitened: jax.Array, grad: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from probbp.samplers.surrogate.descent import minimize
 from probbp.samplers.surrogate.polynomial import SQUASH, squash
 
 NUM_RIDGES = 128
@@ -96,20 +96,7 @@ def fit(
         return weights @ wrong + PENALTY * sum(jnp.sum(leaf**2) for leaf in learned)
 
     first = first_guess(rng_key, whitened, slopes, weights, num_ridges)
-    optimizer = optax.lbfgs(memory_size=20)
-    value_and_grad = optax.value_and_grad_from_state(cost)
-
-    def body(carry, _):
-        ridges, state = carry
-        value, grad = value_and_grad(ridges, state=state)
-        updates, state = optimizer.update(
-            grad, state, ridges, value=value, grad=grad, value_fn=cost
-        )
-        return (optax.apply_updates(ridges, updates), state), None
-
-    carry = first, optimizer.init(first)
-    (ridges, _), _ = jax.lax.scan(body, carry, length=num_iterations)
-    return symmetric(ridges)
+    return symmetric(minimize(cost, first, num_iterations))
 
 
 def first_guess(

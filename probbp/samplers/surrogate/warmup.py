@@ -31,7 +31,6 @@ from probbp.samplers.surrogate.learning import (
     refit,
     relocate,
     rescale,
-    transport_by_grads,
 )
 from probbp.samplers.surrogate.polynomial import from_coefficients, num_monomials
 from probbp.samplers.surrogate.ridges import no_ridges
@@ -341,11 +340,8 @@ def _flat(position):
 def _blank_transport(dim, dtype, has_grads):
     """Return a map of the shapes that fits have."""
     draws, values = jnp.zeros((2, dim), dtype), jnp.zeros(2, dtype)
-    fitted = (
-        jax.eval_shape(transport_by_grads, draws, draws)
-        if has_grads
-        else jax.eval_shape(fit_transport, draws, values, draws, values)
-    )
+    grads = draws if has_grads else None
+    fitted = jax.eval_shape(fit_transport, draws, values, draws, values, grads)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fitted)
 
 
