@@ -477,7 +477,7 @@ def test_values_refine_the_map_where_no_draw_has_been(dtype):
 
     if dtype == "float64":
         assert spread(refined, 3.0) < 0.05 < 0.3 < spread(first, 3.0)
-        assert spread(refined, -6.0) < 10 < 1e3 < spread(first, -6.0)
+        assert spread(refined, -6.0) < 50 < 1e3 < spread(first, -6.0)
     else:  # rounding ends the search early
         assert spread(refined, 3.0) < spread(first, 3.0)
 
@@ -490,7 +490,8 @@ def test_what_the_map_leaves_widens_it():
     for noise, width in ((0.0, 1.0), (1.0, 1.1)):
         t = transport.refine(first, z, values + noise * jnp.cos(9 * z[:, 0]), jnp.ones(400))
         x, _ = jax.vmap(partial(transport.forward, t))(z)
-        np.testing.assert_allclose(jnp.std(x, axis=0), width, rtol=0.01 + 0.1 * noise)
+        found = jnp.std(x, axis=0) / jnp.std(z, axis=0)
+        np.testing.assert_allclose(found, width, rtol=0.01 + 0.05 * noise)
 
 
 def test_an_inflated_map():
