@@ -77,8 +77,9 @@ def test_a_function_s_own_key_is_derived_from_the_estimator_s(name):
         lambda key: key,
         lambda key: jax.random.split(key, 1)[0],
         lambda key: jax.random.split(key)[0],
+        lambda key: jax.random.split(jax.random.split(key)[0], 1)[0],
     ],
-    ids=["the key", "its one part", "its first half"],
+    ids=["the key", "its one part", "its first half", "the one part of that"],
 )
 def test_tangents_share_no_key_with_the_function(split):
     """A function that draws as `forward` does: with one key for both its derivative is tripled."""
