@@ -28,6 +28,9 @@ MAX_DRIVERS = 6
 INFLATION = 1.1
 """The Gaussian is a little wider than the draws: too wide costs less than too narrow."""
 
+CLOSE = 0.25
+"""Standard deviation of the log density beyond a map's Gaussian where the map is good."""
+
 
 class Transport(NamedTuple):
     """The parameters of a map; d coordinates, k slots for drivers, q = (k + 1) (k + 2) / 2.
@@ -174,7 +177,9 @@ def refine(
     Minimizes a robust spread of :math:`f(T(z)) + \log|\det T'(z)| + |z|^2 / 2`, which is constant
     where the map makes the target Gaussian, by L-BFGS over all of the map's numbers; its drivers
     stay. A target of the map's family, a funnel or a banana, is found to rounding, also where no
-    chain has been. What is left says how much wider than the fit the Gaussian should be.
+    chain has been. Where what is left is neither small nor half of what was, the map stays as it
+    was: that of draws has better tails. What is left says how much wider than the fit the Gaussian
+    should be.
 
     Args:
         transport: to start from.
@@ -216,9 +221,10 @@ def refine(
     logs = jnp.stack([xi, jnp.log(scale), epsilon, jnp.log(delta)])
     first = transport.shift, transport.factor, logs, transport.mean, transport.log_scale
     numbers = minimize(cost, first, num_iterations)
-    is_better = cost(numbers) < cost(first)
+    before, left = (jnp.sqrt(weights @ remainder(n) ** 2) for n in (first, numbers))
+    is_better = left < jnp.maximum(CLOSE, before / 2)
     numbers = jax.tree.map(partial(jnp.where, is_better), numbers, first)
-    left = jnp.sqrt(weights @ remainder(numbers) ** 2)
+    left = jnp.where(is_better, left, before)
     return inflate(with_numbers(numbers), 1 + jnp.clip(left / 2, 0, INFLATION - 1))
 
 
