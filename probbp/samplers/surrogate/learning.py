@@ -27,6 +27,9 @@ from probbp.samplers.surrogate.transport import (
 MAX_DRAWS = 3000
 """Draws that a map is fitted to; of more every few are taken."""
 
+MAX_VALUES = 1000
+"""Values that a map is refined by; they have no noise, so that few will do."""
+
 MAX_MAP_DIM = 20
 """Above it the map is affine."""
 
@@ -277,7 +280,7 @@ def fit_transport(
         _, log_dets = jax.vmap(partial(inverse, first))(draws)
         core = jnp.nanquantile(draw_logdensity + log_dets, 0.02)
         # The latest last, evenly taken.
-        step = -(-len(points) // MAX_DRAWS)
+        step = -(-len(points) // MAX_VALUES)
         points, values = points[::-step][::-1], point_logdensity[::-step][::-1]
         whitened, log_dets = jax.vmap(partial(inverse, first))(points)
         return refine(first, points, values, point_weights(whitened, values + log_dets, core))
