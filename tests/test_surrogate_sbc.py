@@ -1,5 +1,7 @@
 """Simulation-based calibration of the surrogate transition, its warm-up included, on two models."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -11,10 +13,16 @@ from numpyro.infer.util import log_density
 import probbp
 from probbp.diagnostics import numpyro_simulator, simulation_based_calibration, uniformity
 from probbp.numpyro import Kernel
-from probbp.samplers.surrogate import kernel
+from probbp.samplers.surrogate import kernel, learning
 
 NUM_SIMULATIONS, NUM_CHAINS, NUM_DRAWS = 40, 4, 25
 X = jnp.linspace(-1.5, 1.5, 8)
+
+
+@pytest.fixture(autouse=True)
+def short_refinement(monkeypatch):
+    """The chain is exact whatever the map is worth: the search for a better one may be short."""
+    monkeypatch.setattr(learning, "refine", partial(learning.refine, num_iterations=20))
 
 
 def bent_regression(y=None):
