@@ -139,6 +139,7 @@ def run(estimator, num_warmup, num_samples, starts=lambda key: jax.random.normal
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The draws may be wrong")  # its tails are exponential
 def test_ridges_find_a_posterior_that_values_alone_do_not():
     data = run(probbp.estimators.reverse(), 580, 1000)
     attrs = data["sample_stats"].attrs
@@ -150,13 +151,13 @@ def test_ridges_find_a_posterior_that_values_alone_do_not():
         z = (batches.mean(axis=0) - SKEW.moment(power)) / (batches.std(axis=0) / 80**0.5)
         assert np.abs(z).max() < PASS
     assert attrs["held_out_std"] < 0.5
-    with pytest.warns(UserWarning, match="misses the log density"):
-        alone = run(None, 580, 100)["sample_stats"]
+    alone = run(None, 580, 100)["sample_stats"]
     assert alone.attrs["num_warmup_gradients"] == 0
     assert attrs["held_out_std"] < alone.attrs["held_out_std"] / 2
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The draws may be wrong")
 def test_an_estimate_will_do():
     """Along random tangents: its noise is that of the equations, and averages out."""
     data = run(probbp.estimators.forward(num_tangents=8), 1160, 500)

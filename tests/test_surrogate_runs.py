@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import probbp
+from probbp.samplers.surrogate import pooled
 from probbp.samplers.surrogate.pooled import schedule_of
 from probbp.samplers.surrogate.trust import (
     Weights,
@@ -138,6 +139,24 @@ def test_trust_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_distrust([])
+
+
+@pytest.mark.slow
+def test_a_bad_fit_is_told_before_the_draws(monkeypatch):
+    """So that a long run can be stopped there."""
+    monkeypatch.setattr(pooled, "held_out_std_of", lambda rest: 0.9)
+    calls = []
+
+    def counted(position):
+        jax.debug.callback(lambda: calls.append(1))
+        return banana(position)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"misses the log density by 0\.90"):
+            run(counted, num_warmup=29, num_samples=10, num_chains=2)
+    jax.effects_barrier()
+    assert len(calls) <= 2 * (29 + 1) + 2  # the start is checked, too
 
 
 def test_a_heavy_tail_is_seen():
