@@ -15,6 +15,8 @@ from test_numpyro import MOMENTS, Y, assert_moments, conjugate
 
 import probbp
 from probbp.numpyro import Kernel, surrogate_report
+from probbp.samplers.surrogate import learning
+from probbp.samplers.surrogate.transport import inflate
 
 
 def mcmc_of(model=conjugate, num_warmup=600, num_samples=1_500, num_chains=8, **options):
@@ -26,6 +28,14 @@ def mcmc_of(model=conjugate, num_warmup=600, num_samples=1_500, num_chains=8, **
         num_chains=num_chains,
         **options,
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unrefined():
+    """What the door does hangs on no map: spare its refinement, which is long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "refine", lambda first, *values: inflate(first, 1.1))
+        yield
 
 
 @pytest.fixture(scope="module")

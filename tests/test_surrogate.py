@@ -452,7 +452,7 @@ def test_the_map_finds_its_driver_and_whitens(draw, driver, dtype):
     assert jnp.all(jnp.abs(squares) < 0.15)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_values_refine_the_map_where_no_draw_has_been(dtype):
     """A funnel of whose neck no draw is: values elsewhere say where it leads."""
 
