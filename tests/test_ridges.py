@@ -126,6 +126,15 @@ def skewed(x):
     return jnp.sum(-y - 1.5 * jnp.log1p(jnp.exp(-y)))
 
 
+@pytest.fixture
+def few_ridges(monkeypatch):
+    """What is enough here."""
+    few = partial(ridges.fit, num_ridges=48, num_iterations=150)
+    monkeypatch.setattr(regression.ridges, "fit", few)
+    blank = partial(ridges.no_ridges, num_ridges=48)
+    monkeypatch.setattr(warmup, "no_ridges", blank)
+
+
 def run(estimator, num_warmup, num_samples, starts=lambda key: jax.random.normal(key, (DIM,))):
     algorithm = partial(probbp.surrogate, skewed, estimator=estimator)
     return probbp.sample(
@@ -158,9 +167,9 @@ def test_ridges_find_a_posterior_that_values_alone_do_not():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The draws may be wrong")
-def test_an_estimate_will_do():
+def test_an_estimate_will_do(few_ridges):
     """Along random tangents: its noise is that of the equations, and averages out."""
-    data = run(probbp.estimators.forward(num_tangents=8), 1160, 500)
+    data = run(probbp.estimators.forward(num_tangents=8), 870, 500)
     y = data.posterior["x"].values @ ROTATION.T
     batches = y.reshape(4 * 10, 50, DIM).mean(axis=1)
     z = (batches.mean(axis=0) - SKEW.mean()) / (batches.std(axis=0) / 40**0.5)
