@@ -112,12 +112,9 @@ def fit(
     whitened, target, weights, is_core = (
         leaf[order] for leaf in (whitened, target, weights, is_core)
     )
-    seen, held_out = normal_equations(whitened, target, weights, degree)
-    everything = jax.tree.map(jnp.add, seen, held_out)
-    extra = anchors(key_anchors, whitened, weights, NUM_ANCHORS)
     zeros = jnp.zeros(NUM_ANCHORS, dtype)
-    parts = normal_equations(extra, zeros, zeros + anchor_weight, degree)
-    seen, everything = (jax.tree.map(lambda *a: sum(a), e, *parts) for e in (seen, everything))
+    beyond = anchors(key_anchors, whitened, weights, NUM_ANCHORS), zeros, zeros + anchor_weight
+    seen, everything = normal_equations((whitened, target, weights), degree, beyond)
 
     penalties = jnp.stack([ridge(dim, k, degree) for k in range(2, degree + 1)])
     candidates = jax.lax.map(lambda penalty: solve(seen, penalty), penalties)
@@ -217,34 +214,42 @@ def anchors(rng_key: jax.Array, whitened: jax.Array, weights: jax.Array, num: in
 
 
 def normal_equations(
-    whitened: jax.Array,
-    target: jax.Array,
-    weights: jax.Array,
+    points: tuple[jax.Array, jax.Array, jax.Array],
     degree: int,
+    always: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     squashed: bool = True,
 ) -> tuple[Equations, Equations]:
-    """Return the equations of the points that are seen, and of those held out.
+    """Return the equations of the points that are seen, and of all points.
 
     A fifth of the chunks is held out, `is_held_out`; the order of the points decides which.
-    """
-    size = num_monomials(whitened.shape[1], degree)
-    dtype = whitened.dtype
 
-    def body(carry, inputs):
-        i, (z, t, w) = inputs
+    Args:
+        points: their coordinates (n, d), targets (n,) and weights (n,).
+        degree: of the monomials.
+        always: further points, of which none is held out.
+        squashed: whether the monomials are those of squashed coordinates.
+    """
+    coordinates = points[0]
+    size, dtype = num_monomials(coordinates.shape[1], degree), coordinates.dtype
+    chunks = _chunks(points)
+    is_unseen = jnp.arange(len(chunks[1])) % FOLDS == 0
+    if always is not None:
+        more = _chunks(always)
+        chunks = jax.tree.map(lambda *parts: jnp.concatenate(parts), chunks, more)
+        is_unseen = jnp.concatenate([is_unseen, jnp.zeros(len(more[1]), bool)])
+
+    def body(sums, inputs):
+        group, (z, t, w) = inputs
         features = monomials(squash(z) if squashed else z, degree)
         weighted = features * w[:, None]
         new = Equations(weighted.T @ features, weighted.T @ t, jnp.sum(w))
-        group = jnp.where(i % FOLDS == 0, 1, 0)
-        return jax.tree.map(lambda sums, n: sums.at[group].add(n), carry, new), None
+        return jax.tree.map(lambda sums, n: sums.at[group].add(n), sums, new), None
 
     zero = Equations(
         jnp.zeros((2, size, size), dtype), jnp.zeros((2, size), dtype), jnp.zeros(2, dtype)
     )
-    chunks = _chunks((whitened, target, weights))
-    sums, _ = jax.lax.scan(body, zero, (jnp.arange(len(chunks[1])), chunks))
-    seen, held_out = (jax.tree.map(lambda leaf, g=g: leaf[g], sums) for g in (0, 1))
-    return seen, held_out
+    sums, _ = jax.lax.scan(body, zero, (is_unseen.astype(int), chunks))
+    return jax.tree.map(lambda leaf: leaf[0], sums), jax.tree.map(lambda leaf: leaf.sum(0), sums)
 
 
 def is_held_out(num_points: int) -> jax.Array:
@@ -309,8 +314,7 @@ def curvature(
     centered = jnp.where(weights > 0, logdensity, 0)
     centered = centered - weighted_mean(centered, weights)
     whitened = jnp.where(weights[:, None] > 0, whitened, 0)
-    parts = normal_equations(whitened, centered, weights, 2, squashed=False)
-    equations = jax.tree.map(jnp.add, *parts)
+    _, equations = normal_equations((whitened, centered, weights), 2, squashed=False)
     fitted = from_coefficients(solve(equations, ridge(dim, 2, 2)), dim, 2)
     _, slope, quadratic = fitted.tensors
     precision = -2 * quadratic
