@@ -140,7 +140,7 @@ def test_the_evidence_is_right_within_its_error(name):
 
 @pytest.mark.slow
 def test_the_error_is_that_of_repetitions(unrefined):
-    z = z_scores(TARGETS["skewed"](), num_keys=16)
+    z = z_scores(TARGETS["two_modes"](), num_keys=16)
     assert 0.4 < np.mean(z**2) < 2.2, z
 
 

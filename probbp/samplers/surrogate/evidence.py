@@ -121,7 +121,7 @@ def log_evidence(
     num_chains, num_draws, dim = flat.shape
     if num_chains * num_draws < 200:
         raise ValueError(f"Give log_evidence at least 200 draws, got {num_chains * num_draws}.")
-    key_fit, key_upper, key_lower, key_gaussian = jax.random.split(rng_key, 4)
+    key_fit, key_draw, key_gaussian = jax.random.split(rng_key, 3)
     rows = [half.reshape(-1, dim) for half in jnp.split(flat, [num_draws // 2], axis=1)]
 
     @jax.jit
@@ -141,12 +141,11 @@ def log_evidence(
             "parameterization."
         )
     draw = jax.jit(draw_reference, static_argnums=2)
-    x, _ = jax.vmap(partial(forward, reference.transport))(
-        draw(key_upper, reference, num_evaluations)
-    )
+    drawn = draw(key_draw, reference, num_evaluations + NUM_FREE)
+    x, _ = jax.vmap(partial(forward, reference.transport))(drawn[:num_evaluations])
     upper, upper_error = bridge(at_draws, weigh(reference, x, evaluate(x))[None])
 
-    free = draw(key_lower, reference, NUM_FREE)
+    free = drawn[num_evaluations:]
     gaussian = jax.random.normal(key_gaussian, free.shape, free.dtype)
     remainder = jax.jit(jax.vmap(lambda g, z: g.value_and_grad(z)[0], in_axes=(None, 0)))
     at_free, at_gaussian = (remainder(reference.surrogate, z)[None] for z in (free, gaussian))
@@ -185,12 +184,14 @@ def draw_reference(rng_key: jax.Array, reference: Reference, num: int) -> jax.Ar
     rows = jax.random.randint(key_start, (num,), 0, len(reference.whitened))
     predict = predictor(reference.surrogate)
 
+    step_sizes = jnp.asarray(STEP_SIZES, reference.whitened.dtype)
+
     def chain(key, whitened):
-        point = point_at(predict, whitened)
-        for i, size in enumerate(STEP_SIZES):
-            step_size = jnp.asarray(size, whitened.dtype)
-            key_step = jax.random.fold_in(key, i)
-            point, _ = inner_transition(key_step, predict, point, step_size, NUM_STEPS)
+        def step(point, inputs):
+            return inner_transition(inputs[0], predict, point, inputs[1], NUM_STEPS)
+
+        keys = jax.random.split(key, len(STEP_SIZES))
+        point, _ = jax.lax.scan(step, point_at(predict, whitened), (keys, step_sizes))
         return point.whitened
 
     return jax.vmap(chain)(jax.random.split(key_chain, num), reference.whitened[rows])

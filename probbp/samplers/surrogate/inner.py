@@ -38,7 +38,9 @@ def predictor(surrogate: Any) -> Predict:
     """Return what predicts the remainder; `None` predicts none."""
     if surrogate is None:
         return lambda whitened: (jnp.zeros((), whitened.dtype), jnp.zeros_like(whitened))
-    return surrogate.value_and_grad
+    # Without the barrier XLA, on a CPU, turns products with a tensor of zeros that it knows at
+    # compile time, that of a degree which was not chosen, into memory that was never written.
+    return jax.lax.optimization_barrier(surrogate).value_and_grad
 
 
 def point_at(predict: Predict, whitened: jax.Array) -> Point:

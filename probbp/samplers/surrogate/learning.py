@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.kernel import WALK, WEIGHTS, SurrogateState, whiten
@@ -209,10 +210,10 @@ def refit(rng_key: jax.Array, carry: WarmupState) -> WarmupState:
     if history.draw_grads is not None:
         draw_grads = latest(history.draw_grads, num_used)
     transport = fit_transport(draws, draw_logdensity, points, point_logdensity, draw_grads)
-    whitened, log_dets = jax.vmap(partial(inverse, transport))(points)
-    _, draw_log_dets = jax.vmap(partial(inverse, transport))(draws)
-    core = jnp.nanquantile(draw_logdensity + draw_log_dets, 0.02)
-    values = point_logdensity + log_dets
+    (_, whitened), (core_values, values) = _whiten_all(
+        transport, (draws, points), (draw_logdensity, point_logdensity)
+    )
+    core = jnp.nanquantile(core_values, 0.02)
     if history.point_grads is None:
         fitted = regression.fit(rng_key, whitened, values, core)
     else:
@@ -277,13 +278,14 @@ def fit_transport(
     dim = draws.shape[1]
     if dim <= MAX_MAP_DIM:
         first = fit(draws, inflation=1.0)
-        _, log_dets = jax.vmap(partial(inverse, first))(draws)
-        core = jnp.nanquantile(draw_logdensity + log_dets, 0.02)
         # The latest last, evenly taken.
         step = -(-len(points) // MAX_VALUES)
         points, values = points[::-step][::-1], point_logdensity[::-step][::-1]
-        whitened, log_dets = jax.vmap(partial(inverse, first))(points)
-        return refine(first, points, values, point_weights(whitened, values + log_dets, core))
+        (_, whitened), (core_values, whitened_values) = _whiten_all(
+            first, (draws, points), (draw_logdensity, values)
+        )
+        core = jnp.nanquantile(core_values, 0.02)
+        return refine(first, points, values, point_weights(whitened, whitened_values, core))
     covariance = covariance_of(draws)
     if draw_grads is not None:
         num = len(draws) / 5
@@ -350,6 +352,14 @@ def first_walk_scale(dim: int, dtype: Any, is_guided: bool) -> jax.Array:
 def no_totals(dtype: Any) -> Totals:
     """Return sums over no step."""
     return Totals(*(jnp.zeros(WALK + 1, dtype) for _ in Totals._fields))
+
+
+def _whiten_all(transport, positions, logdensities):
+    """Whiten several sets of points; returns z and l of each. Together, to be compiled once."""
+    whitened, log_dets = jax.vmap(partial(inverse, transport))(jnp.concatenate(positions))
+    values = jnp.concatenate(logdensities) + log_dets
+    ends = np.cumsum([len(x) for x in positions])[:-1]
+    return jnp.split(whitened, ends), jnp.split(values, ends)
 
 
 def _step_factor(totals):

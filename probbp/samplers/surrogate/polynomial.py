@@ -43,9 +43,7 @@ class Polynomial(NamedTuple):
             whitened: z, (d,).
         """
         s = squash(whitened)
-        # Without the barrier XLA, on a CPU, turns products with a tensor of zeros that it knows at
-        # compile time, that of a degree which was not chosen, into memory that was never written.
-        constant, *others = jax.lax.optimization_barrier(self.tensors)
+        constant, *others = self.tensors
         value, grad, powers = constant, jnp.zeros_like(s), jnp.ones(1, s.dtype)
         for degree, tensor in enumerate(others, start=1):
             contracted = tensor.reshape(s.size, -1) @ powers

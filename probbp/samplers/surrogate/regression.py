@@ -197,18 +197,18 @@ def point_weights(
 
 def anchors(rng_key: jax.Array, whitened: jax.Array, weights: jax.Array, num: int) -> jax.Array:
     """Return points past the range of the data, in one coordinate (two thirds) or radially."""
-    key_row, key_axis, key_side, key_far, key_radius = jax.random.split(rng_key, 5)
+    key_row, key_move = jax.random.split(rng_key)
     dim, dtype = whitened.shape[1], whitened.dtype
     is_core = weights > 0.5
     row = jax.random.categorical(key_row, jnp.where(is_core, 0.0, -jnp.inf), shape=(num,))
     low = jnp.min(jnp.where(is_core[:, None], whitened, jnp.inf), axis=0)
     high = jnp.max(jnp.where(is_core[:, None], whitened, -jnp.inf), axis=0)
-    axis = jax.random.randint(key_axis, (num,), 0, dim)
-    far = jax.random.uniform(key_far, (num,), dtype, 0.3, 2.0)
-    side = jax.random.bernoulli(key_side, shape=(num,))
-    beyond = jnp.where(side, high[axis] + far, low[axis] - far)
+    # Uniform numbers, drawn at once: each call of a generator is long to compile.
+    axis, far, side, radius = jax.random.uniform(key_move, (4, num), dtype)
+    axis, far = (dim * axis).astype(int), 0.3 + 1.7 * far
+    beyond = jnp.where(side < 0.5, high[axis] + far, low[axis] - far)
     moved = whitened[row].at[jnp.arange(num), axis].set(beyond)
-    radial = whitened[row] * jax.random.uniform(key_radius, (num, 1), dtype, 1.4, 2.2)
+    radial = whitened[row] * (1.4 + 0.8 * radius)[:, None]
     points = jnp.where((jnp.arange(num) % 3 < 2)[:, None], moved, radial)
     return jnp.where(jnp.isfinite(points), points, 0)
 
