@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from invariance import FAIL, PASS, largest_z_of
+from scipy import optimize
 from tables import members
 from targets import TARGETS, anisotropic
 
 import probbp
 from probbp.samplers.surrogate import inner, kernel, polynomial, regression, transport, warmup
 from probbp.samplers.surrogate.kernel import WALK, whiten
+from probbp.samplers.surrogate.least_squares import least_squares
 from probbp.samplers.surrogate.transport import Transport
 
 NUM_CHAINS, NUM_STEPS = 20_000, 8
@@ -492,6 +494,52 @@ def test_what_the_map_leaves_widens_it():
         x, _ = jax.vmap(partial(transport.forward, t))(z)
         found = jnp.std(x, axis=0) / jnp.std(z, axis=0)
         np.testing.assert_allclose(found, width, rtol=0.01 + 0.05 * noise)
+
+
+def bump(params, point):
+    """A Gaussian bump with noise, less what the data say."""
+    x, y = point
+    return 3 * (params["height"] * jnp.exp(-((x - params["loc"]) ** 2)) - y)
+
+
+def test_least_squares_against_scipy():
+    """The loss is SciPy's soft_l1; outliers count little."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(-2, 2, 40)
+    y = 1.5 * np.exp(-((x - 0.4) ** 2)) + 0.02 * rng.normal(size=40)
+    y[::9] += 2
+    weights = np.full(40, 1 / 32)
+    weights[::5] = 0
+    first = {"height": jnp.array(1.0), "loc": jnp.array(0.0)}
+    found, start, end = jax.jit(partial(least_squares, bump))(
+        first, (jnp.asarray(x), jnp.asarray(y)), jnp.asarray(weights)
+    )
+
+    def residuals(p):
+        r = np.asarray(bump({"height": p[0], "loc": p[1]}, (x, y)))
+        return (r - weights @ r)[weights > 0]
+
+    expected = optimize.least_squares(residuals, [1.0, 0.0], loss="soft_l1").x
+    np.testing.assert_allclose([found["height"], found["loc"]], expected, atol=3e-3)
+    np.testing.assert_allclose(end[weights > 0], residuals(expected), atol=0.1)
+    np.testing.assert_allclose(start[weights > 0], residuals([1.0, 0.0]), atol=1e-6)
+    # A point without weight is predicted, not fitted.
+    there = jnp.asarray(y).at[0].add(100)
+    again, *_ = least_squares(bump, first, (jnp.asarray(x), there), jnp.asarray(weights))
+    np.testing.assert_allclose(again["loc"], found["loc"], rtol=1e-6)
+
+
+def test_least_squares_of_more_parameters_than_points():
+    """Zero is reached, by the smallest change."""
+    rng = np.random.default_rng(0)
+    matrix, target = jnp.asarray(rng.normal(size=(10, 30))), jnp.asarray(rng.normal(size=10))
+    found, _, end = least_squares(
+        lambda p, point: point[0] @ p - point[1], jnp.zeros(30), (matrix, target), jnp.full(10, 0.1)
+    )
+    assert jnp.abs(end).max() < 1e-3
+    centered = matrix - matrix.mean(axis=0)
+    smallest = jnp.linalg.pinv(centered) @ (target - target.mean())
+    np.testing.assert_allclose(found, smallest, atol=1e-3)
 
 
 def test_an_inflated_map():

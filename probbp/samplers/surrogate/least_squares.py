@@ -21,7 +21,7 @@ FIRST_DAMPING = 1e-2
 FACTOR = 4.0
 """By which damping falls after an iteration that gained, and grows after one that did not."""
 
-LEAST_GAIN = 0.01
+LEAST_GAIN = 1e-3
 PATIENCE = 4
 """Iterations in a row that gain less than `LEAST_GAIN` of the cost are the last ones."""
 
