@@ -16,6 +16,7 @@ from probbp.samplers.surrogate.trust import (
     Weights,
     distrust_of_draws,
     distrust_of_fit,
+    distrust_of_weights,
     warn_of_distrust,
     weights_of,
 )
@@ -122,10 +123,11 @@ def test_the_log_density_must_be_bound():
 @pytest.mark.parametrize(
     ("weights", "std", "words"),
     [
-        (Weights(1.4, 50.0), 0.1, "Pareto shape of 1.4 .* up to 50 times its mean"),
-        (Weights(0.3, 2.0), 0.9, "misses the log density by 0.90"),
-        (Weights(np.nan, np.nan), 0.1, "may be wrong"),
-        (Weights(0.3, 2.0), np.nan, "may be wrong"),
+        (Weights(0.4, 5.0, 30.0, 6000), 0.1, "effective sample size of 30 .from 100 on"),
+        (Weights(0.4, 5.0, 9.0, 500), 0.1, "effective sample size of 9 .from 10 on"),
+        (Weights(0.3, 2.0, 900.0, 6000), 0.9, "misses the log density by 0.90"),
+        (Weights(np.nan, np.nan, np.nan, 6000), 0.1, "may be wrong"),
+        (Weights(0.3, 2.0, 900.0, 6000), np.nan, "may be wrong"),
     ],
 )
 def test_distrust_is_a_warning(weights, std, words):
@@ -135,8 +137,11 @@ def test_distrust_is_a_warning(weights, std, words):
 
 def test_trust_is_silent():
     assert not distrust_of_fit(0.2)
-    assert not distrust_of_draws(Weights(0.5, 20.0))
-    assert not distrust_of_draws(Weights(1.5, 2.0))  # a heavy tail of weights that are all alike
+    assert not distrust_of_draws(Weights(0.5, 20.0, 101.0, 6000))
+    assert not distrust_of_draws(Weights(1.5, 20.0, 11.0, 500))
+    assert not distrust_of_weights(Weights(0.9, 20.0, 11.0, 500))
+    assert not distrust_of_weights(Weights(1.5, 2.0, 11.0, 500))  # they are all alike
+    assert distrust_of_weights(Weights(1.5, 20.0, 11.0, 500))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_distrust([])
@@ -169,6 +174,19 @@ def test_a_heavy_tail_is_seen():
     heavy = weights_of(2 * rng.exponential(size=(4, 1000)))
     assert heavy.pareto_k > 1.5
     assert heavy.largest > 100
+    assert min(light.ess, heavy.ess) > 2000
+    assert weights_of(np.zeros((4, 1000))).ess == 4000
+    assert np.isnan(weights_of(np.full((4, 1000), np.nan)).ess)
+
+
+def test_a_stay_where_the_surrogate_is_wrong_is_seen():
+    """One chain of four enters a region once and stays for a tenth of the run."""
+    log_weight = 0.3 * np.random.default_rng(0).normal(size=(4, 1000))
+    assert weights_of(log_weight).ess > 2000
+    log_weight[0, 700:1000] += 4
+    weights = weights_of(log_weight)
+    assert weights.ess < 40
+    assert distrust_of_draws(weights)
 
 
 @pytest.mark.slow

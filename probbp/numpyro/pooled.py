@@ -52,7 +52,7 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
         raise ValueError("surrogate_report reads a run of Kernel(model, probbp.surrogate).")
     rest = jax.device_get(rest)
     pooled.check(rest)
-    return pooled.report(rest, mcmc.get_extra_fields()["log_weight"])
+    return pooled.report(rest, mcmc.get_extra_fields(group_by_chain=True)["log_weight"])
 
 
 def init_chains(warmup: Warmup, rng_keys: jax.Array, starts: Tree) -> KernelState:

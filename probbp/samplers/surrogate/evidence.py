@@ -13,7 +13,6 @@ each ratio by the optimal bridge between draws of both. Draws of the surrogate c
 from functools import partial
 from typing import NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -30,7 +29,12 @@ from probbp.samplers.surrogate.learning import fit_transport
 from probbp.samplers.surrogate.polynomial import Polynomial
 from probbp.samplers.surrogate.ridges import Ridges
 from probbp.samplers.surrogate.transport import Transport, forward, inverse
-from probbp.samplers.surrogate.trust import distrust_of_draws, distrust_of_fit, weights_of
+from probbp.samplers.surrogate.trust import (
+    distrust_of_fit,
+    distrust_of_weights,
+    effective_size,
+    weights_of,
+)
 from probbp.types import LogDensity, Tree
 
 STEP_SIZES, NUM_STEPS = (0.4, 0.2, 0.1, 0.4, 0.2, 0.1, 0.4), 4
@@ -134,7 +138,7 @@ def log_evidence(
     weigh = jax.jit(log_weight)
     at_draws = weigh(reference, rows[1], evaluate(rows[1])).reshape(num_chains, -1)
     weights, held_out_std = weights_of(at_draws), float(reference.held_out_std)
-    if reasons := distrust_of_draws(weights) + distrust_of_fit(held_out_std):
+    if reasons := distrust_of_weights(weights) + distrust_of_fit(held_out_std):
         raise ValueError(
             f"The surrogate does not fit these draws: {'; '.join(reasons)}. Its evidence could be "
             "wrong without a sign of it. Give more draws, or remove strong curvature by another "
@@ -206,7 +210,7 @@ def bridge(at_first: jax.Array, at_second: jax.Array) -> tuple[jax.Array, jax.Ar
             The draws may be correlated: they count as many as their effective number.
         at_second: the same at draws of the second, (chain, draw).
     """
-    num = [jnp.asarray(_effective_size(values)) for values in (at_first, at_second)]
+    num = [jnp.asarray(effective_size(values)) for values in (at_first, at_second)]
     log_odds = jnp.log(num[1] / num[0])
 
     def excess(log_ratio):
@@ -233,17 +237,8 @@ def bridge(at_first: jax.Array, at_second: jax.Array) -> tuple[jax.Array, jax.Ar
         jax.nn.sigmoid(log_ratio + log_odds - at_first),
         jax.nn.sigmoid(at_second - log_ratio - log_odds),
     )
-    errors = [jnp.var(t) / jnp.mean(t) ** 2 / _effective_size(t) for t in terms]
+    errors = [jnp.var(t) / jnp.mean(t) ** 2 / effective_size(t) for t in terms]
     return log_ratio, jnp.sqrt(errors[0] + errors[1])
-
-
-def _effective_size(values):
-    """Return how many independent draws have the same error, by halves of the chains."""
-    num = values.shape[1] // 2
-    halves = jnp.concatenate([values[:, :num], values[:, num : 2 * num]])
-    size = blackjax.ess(halves)
-    # Of values that are all the same any number of draws has the same error.
-    return jnp.where(size > 0, jnp.minimum(size, values.size), values.size)
 
 
 def _flat(draws):

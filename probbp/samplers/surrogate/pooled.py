@@ -139,7 +139,7 @@ def report(rest: Rest, log_weight: Any) -> dict[str, float]:
 
     Args:
         rest: of a warm-up of all chains, or of several warm-ups, stacked; then the worst counts.
-        log_weight: target over surrogate at the draws.
+        log_weight: log of target over surrogate at the draws, (chain, draw).
     """
     found = rest.learned.report
     weights = weights_of(log_weight)
@@ -147,6 +147,7 @@ def report(rest: Rest, log_weight: Any) -> dict[str, float]:
     return {
         "pareto_k": weights.pareto_k,
         "largest_weight": weights.largest,
+        "log_weight_ess": weights.ess,
         "num_warmup_evaluations": int(np.sum(found.num_evaluations)),
         "num_warmup_gradients": int(np.sum(found.num_gradients)),
         "num_relocated": int(np.sum(found.num_relocated)),

@@ -1,8 +1,9 @@
 """Whether a run of the surrogate transition may be trusted: what costs no further evaluation.
 
 The chain is exact in the limit; a finite run misleads where the surrogate is far too low in a
-region that warm-up hardly saw. Global moves never go there, and a walk that enters stays long. Then
-target over surrogate has a heavy tail over the draws, which its Pareto shape tells.
+region that warm-up hardly saw. Global moves never go there, and a walk that enters stays long. The
+log of target over surrogate is then the slowest quantity of the chain: its effective sample size,
+that of its tails above all, tells.
 """
 
 import warnings
@@ -12,12 +13,14 @@ import blackjax
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST_K = 1.0
-"""Of target over surrogate at the draws: above it not even their mean is finite."""
-
 LARGEST_STD = 0.6
 """Of the log of target over surrogate at points that the surrogate was not fitted to."""
 
+SMALLEST_ESS = 100
+"""Of the log of target over surrogate at the draws, where there are 5,000 of them or more."""
+
+LARGEST_K = 1.0
+"""Of target over surrogate: above it not even their mean is finite."""
 
 SMALL_WEIGHT = 3.0
 """Times the mean: where no weight is larger, the shape of their tail does not matter."""
@@ -29,25 +32,48 @@ class Weights(NamedTuple):
     Attributes:
         pareto_k: the shape of its tail.
         largest: the largest over the mean.
+        ess: effective sample size of its log, the smallest of bulk and tails.
+        num_draws: of all chains.
     """
 
     pareto_k: float
     largest: float
+    ess: float
+    num_draws: int
 
 
 def weights_of(log_weight: Any) -> Weights:
     """Summarise target over surrogate at the draws of all chains.
 
     Args:
-        log_weight: of the draws.
+        log_weight: of the draws, (chain, draw).
 
     Reference:
-        Vehtari et al., 2024, arXiv:1507.02646 (what the shape tells of importance weights).
+        Vehtari et al., 2024, arXiv:1507.02646 (the shape of importance weights); Vehtari et al.,
+        2021, arXiv:1903.08008 (effective sample sizes of bulk and tails).
     """
-    log_weight = np.asarray(log_weight, float).ravel()
-    weight = np.exp(log_weight - log_weight.max())
+    log_weight = np.asarray(log_weight, float)
+    weight = np.exp(log_weight - log_weight.max()).ravel()
     k = float(blackjax.pareto_khat(jnp.asarray(weight), tail="upper"))
-    return Weights(k, float(1 / weight.mean()))
+    low, high = np.quantile(log_weight, [0.05, 0.95])
+    parts = log_weight, log_weight <= low, log_weight >= high
+    ess = min(float(effective_size(jnp.asarray(part, log_weight.dtype))) for part in parts)
+    if not np.all(np.isfinite(log_weight)):
+        ess = np.nan
+    return Weights(k, float(1 / weight.mean()), ess, log_weight.size)
+
+
+def effective_size(values: Any) -> Any:
+    """Return how many independent draws have the same error, by halves of the chains.
+
+    Args:
+        values: (chain, draw).
+    """
+    num = values.shape[1] // 2
+    halves = jnp.concatenate([values[:, :num], values[:, num : 2 * num]])
+    size = blackjax.ess(halves)
+    # Of values that are all the same any number of draws has the same error.
+    return jnp.where(size > 0, jnp.minimum(size, values.size), values.size)
 
 
 def distrust_of_fit(held_out_std: float) -> list[str]:
@@ -62,12 +88,22 @@ def distrust_of_fit(held_out_std: float) -> list[str]:
 
 def distrust_of_draws(weights: Weights) -> list[str]:
     """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
+    enough = min(SMALLEST_ESS, weights.num_draws / 50)
+    if weights.ess >= enough:
+        return []
+    return [
+        f"the log of target over surrogate has an effective sample size of {weights.ess:.0f} (from "
+        f"{enough:.0f} on is fine): the chains stay long where the surrogate is wrong"
+    ]
+
+
+def distrust_of_weights(weights: Weights) -> list[str]:
+    """Say why target over surrogate does not do as importance weights; nothing where it does."""
     if weights.pareto_k <= LARGEST_K or weights.largest <= SMALL_WEIGHT:
         return []
     return [
         f"target over surrogate has a Pareto shape of {weights.pareto_k:.1f} at the draws (up to "
-        f"{LARGEST_K:.0f} is fine), and is up to {weights.largest:.0f} times its mean: the chains "
-        "have been where the surrogate is wrong"
+        f"{LARGEST_K:.0f} is fine), and is up to {weights.largest:.0f} times its mean"
     ]
 
 
