@@ -123,8 +123,8 @@ def test_the_log_density_must_be_bound():
 @pytest.mark.parametrize(
     ("weights", "std", "words"),
     [
-        (Weights(0.4, 5.0, 30.0, 6000), 0.1, "effective sample size of 30 .from 100 on"),
-        (Weights(0.4, 5.0, 9.0, 500), 0.1, "effective sample size of 9 .from 10 on"),
+        (Weights(0.4, 5.0, 299.0, 6000), 0.1, "effective sample size of 299 .from 300 on"),
+        (Weights(0.4, 5.0, 399.0, 60_000), 0.1, "effective sample size of 399 .from 400 on"),
         (Weights(0.3, 2.0, 900.0, 6000), 0.9, "misses the log density by 0.90"),
         (Weights(np.nan, np.nan, np.nan, 6000), 0.1, "may be wrong"),
         (Weights(0.3, 2.0, 900.0, 6000), np.nan, "may be wrong"),
@@ -137,8 +137,8 @@ def test_distrust_is_a_warning(weights, std, words):
 
 def test_trust_is_silent():
     assert not distrust_of_fit(0.2)
-    assert not distrust_of_draws(Weights(0.5, 20.0, 101.0, 6000))
-    assert not distrust_of_draws(Weights(1.5, 20.0, 11.0, 500))
+    assert not distrust_of_draws(Weights(0.5, 20.0, 301.0, 6000))
+    assert not distrust_of_draws(Weights(1.5, 20.0, 26.0, 500))
     assert not distrust_of_weights(Weights(0.9, 20.0, 11.0, 500))
     assert not distrust_of_weights(Weights(1.5, 2.0, 11.0, 500))  # they are all alike
     assert distrust_of_weights(Weights(1.5, 20.0, 11.0, 500))

@@ -16,8 +16,8 @@ import numpy as np
 LARGEST_STD = 0.6
 """Of the log of target over surrogate at points that the surrogate was not fitted to."""
 
-SMALLEST_ESS = 100
-"""Of the log of target over surrogate at the draws, where there are 5,000 of them or more."""
+SMALLEST_ESS, SMALLEST_SHARE = 400, 0.05
+"""Of the log of target over surrogate at the draws: so many, or that share of few draws."""
 
 LARGEST_K = 1.0
 """Of target over surrogate: above it not even their mean is finite."""
@@ -88,7 +88,7 @@ def distrust_of_fit(held_out_std: float) -> list[str]:
 
 def distrust_of_draws(weights: Weights) -> list[str]:
     """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
-    enough = min(SMALLEST_ESS, weights.num_draws / 50)
+    enough = min(SMALLEST_ESS, SMALLEST_SHARE * weights.num_draws)
     if weights.ess >= enough:
         return []
     return [
