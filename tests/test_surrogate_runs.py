@@ -177,6 +177,10 @@ def test_a_heavy_tail_is_seen():
     assert min(light.ess, heavy.ess) > 2000
     assert weights_of(np.zeros((4, 1000))).ess == 4000
     assert np.isnan(weights_of(np.full((4, 1000), np.nan)).ess)
+    with jax.enable_x64(False):
+        np.testing.assert_allclose(
+            weights_of(np.arange(4000.0).reshape(4, 1000)).largest, 4000 * (1 - np.exp(-1))
+        )
 
 
 def test_a_stay_where_the_surrogate_is_wrong_is_seen():

@@ -57,7 +57,7 @@ def weights_of(log_weight: Any) -> Weights:
     k = float(blackjax.pareto_khat(jnp.asarray(weight), tail="upper"))
     low, high = np.quantile(log_weight, [0.05, 0.95])
     parts = log_weight, log_weight <= low, log_weight >= high
-    ess = min(float(effective_size(jnp.asarray(part, log_weight.dtype))) for part in parts)
+    ess = min(float(effective_size(jnp.asarray(1.0 * part))) for part in parts)
     if not np.all(np.isfinite(log_weight)):
         ess = np.nan
     return Weights(k, float(1 / weight.mean()), ess, log_weight.size)
