@@ -16,7 +16,8 @@ DIR holds the reference moments (see `posteriors.py`). One row per posterior and
 - `seconds`: wall time, compilation and warm-up included.
 
 Samplers with one proposal a draw share `probbp.sample` and its warm-up with a dense metric; NUTS is
-NumPyro's, dense too, and makes a tenth of the draws (in forward mode a twentieth). The others start
+NumPyro's, dense too, and makes a tenth of the draws (in forward mode a twentieth); the surrogate
+transition makes a tenth of them after 2,900 steps of its own warm-up. The others start
 from draws of NUTS: what is compared is how a sampler moves in a posterior, not whether it finds it.
 With `--cold` those with one proposal start where NUTS did. All of it takes twenty minutes on two
 cores.
@@ -189,7 +190,7 @@ def main():
 
 def runs(posterior: Posterior, args):
     """Yield the name and the run of every sampler, NUTS first: the others start from its draws."""
-    keys = iter(jax.random.split(jax.random.key(args.seed), 3 + len(METROPOLIS)))
+    keys = iter(jax.random.split(jax.random.key(args.seed), 4 + len(METROPOLIS)))
     key_init = next(keys)
     # Two of NumPyro's descriptions: the model as it is, and the one whose operations are counted.
     info, counted = (
@@ -210,6 +211,7 @@ def runs(posterior: Posterior, args):
     starts = position if args.cold else at_draw
     for name, (algorithm, target) in METROPOLIS.items():
         yield name, metropolis(next(keys), algorithm, target, info, counted, starts, args)
+    yield "surrogate", surrogate(next(keys), info, starts, args)
 
 
 def nuts(rng_key, posterior, counted, args, forward_from=None):
@@ -266,6 +268,25 @@ def metropolis(rng_key, algorithm, target, info, counted, starts, args):
     draws = {name: values.values for name, values in data.posterior.items()}
     acceptance = data.sample_stats["acceptance_rate"].values.mean()
     return Run(draws, acceptance, step_cost(algorithm, counted), seconds)
+
+
+def surrogate(rng_key, info, starts, args):
+    """Run the surrogate transition after its own warm-up: one evaluation a draw, by construction."""
+    start = time.perf_counter()
+    data = probbp.sample(
+        rng_key,
+        partial(probbp.surrogate, logdensity(info)),
+        starts,
+        num_warmup=args.warmup * 29 // 100,
+        num_samples=args.samples // 10,
+        num_chains=args.chains,
+        dispersion=0.3,
+        postprocess_fn=info.postprocess_fn,
+        progress_bar=False,
+    )
+    seconds = time.perf_counter() - start
+    draws = {name: values.values for name, values in data.posterior.items()}
+    return Run(draws, data.sample_stats["acceptance_rate"].values.mean(), 1.0, seconds)
 
 
 def draw_from(posterior, draws, rng_key):
