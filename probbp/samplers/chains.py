@@ -139,6 +139,8 @@ def sample(
     optional = {"every": every, "batch_size": batch_size}
     for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
         checks.check_count(name, count)
+    if "draw" in (coords or ()):
+        raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
     own_steps = 2900 if num_warmup is None else num_warmup
@@ -188,14 +190,16 @@ def sample(
         postprocess = jax.jit(jax.vmap(partial(jax.lax.map, postprocess_fn)))
 
     def as_arviz(draws, step_size):
+        return labeled(draws._replace(position=postprocess(draws.position)), step_size)
+
+    def labeled(draws, step_size):
         num_draws = len(draws.logdensity[0])
         stats = {
             "lp": draws.logdensity,
             "step_size": np.broadcast_to(step_size[:, None], (num_chains, num_draws)),
         }
         infos = SimpleNamespace(**draws.infos)
-        positions = postprocess(draws.position)
-        return from_blackjax(positions, infos, sample_stats=stats, coords=coords, dims=dims)
+        return from_blackjax(draws.position, infos, sample_stats=stats, coords=coords, dims=dims)
 
     def keys_like(keys_fn):
         return jax.eval_shape(keys_fn, rng_key, np.uint32(0))
@@ -205,10 +209,14 @@ def sample(
     carry = jax.eval_shape(program.init, starts, position)
     learnt = jax.eval_shape(program.learn, carry[1])
     draw_args = (carry[0], learnt, keys_like(sample_keys))
-    blank = jax.tree.map(
-        lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype),
-        jax.eval_shape(program.draw, *draw_args)[1],
+    one_draw = partial(
+        jax.tree.map, lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype)
     )
+    blank = one_draw(jax.eval_shape(program.draw, *draw_args)[1])
+    # The very object that is returned, of one draw: what ArviZ would refuse is refused here.
+    named = blank._replace(position=one_draw(jax.eval_shape(postprocess, blank.position)))
+    blank_step = np.zeros(num_chains, learnt["step_size"].dtype)
+    template = sinks.of_few_draws(labeled, named, blank_step)
     described = {
         "the program of the start": (program.init, (starts, position)),
         "the program of the draws": (program.draw, draw_args),
@@ -236,7 +244,6 @@ def sample(
                 (rng_key, adapt.schedule, position),
                 counts | {"num_warmup": num_warmup, "every": chunk, "coords": coords, "dims": dims},
             )
-            template = sinks.of_few_draws(as_arviz, blank, np.zeros(num_chains))
             if checkpoint is not None:
                 moments = progress.no_draws(streams.moments_like(template))
                 like = (carry, moments, np.zeros((), int))
