@@ -13,6 +13,12 @@ import arviz
 import jax
 import numpy as np
 
+from probbp.diagnostics.labels import (
+    check_all_there,
+    check_slashes,
+    checked_coords,
+    checked_dims,
+)
 from probbp.diagnostics.names import leaf_names
 from probbp.types import Tree
 
@@ -54,7 +60,10 @@ def from_blackjax(
         `sample_stats`. A position that is one array is called "x"; nested names are joined by dots.
 
     Raises:
-        ValueError: if a leaf lacks the axes (chain, draw).
+        TypeError: if `dims` or `coords` is no mapping.
+        ValueError: if there is no leaf, a leaf lacks the axes (chain, draw), two have one name, the
+            name is that of a dimension, or has a "/" where ArviZ 1 is installed, or labels or names
+            of dimensions don't fit.
 
     Example:
         >>> import blackjax, jax, jax.numpy as jnp
@@ -86,6 +95,11 @@ def from_blackjax(
         {name: _known_to_numpy(value) for name, value in group.items()}
         for group in (posterior, statistics)
     )
+    if not posterior:
+        raise ValueError(
+            "There is no variable to name: give positions, and let postprocess_fn return a tree "
+            "with at least one array."
+        )
     shape = next(iter(posterior.values())).shape[:2]
     for name, value in {**posterior, **statistics}.items():
         if value.ndim < 2 or value.shape[:2] != shape:
@@ -94,12 +108,24 @@ def from_blackjax(
                 " Stack the chains with jax.vmap; give a single chain a first axis of one."
             )
     groups: dict[str, Any] = {"posterior": posterior, "sample_stats": statistics}
-    groups = {name: variables for name, variables in groups.items() if variables}
+    return _converted({k: v for k, v in groups.items() if v}, coords, dims)
+
+
+def _converted(groups, coords, dims):
+    """Hand variables to the installed ArviZ; nothing that it is given is lost."""
+    dims = checked_dims(dims, groups)
+    coords = checked_coords(coords, dims, groups)
+    is_tree = int(arviz.__version__.split(".")[0]) >= 1
+    if is_tree:
+        check_slashes(dims, groups)
     with warnings.catch_warnings():  # ArviZ takes many short chains for a mistake in the axes
         warnings.filterwarnings("ignore", "More chains|Found chain dimension")
-        if int(arviz.__version__.split(".")[0]) >= 1:
-            return arviz.from_dict(groups, coords=coords, dims=dims)
-        return arviz.from_dict(**groups, coords=coords, dims=dims)
+        if is_tree:
+            data = arviz.from_dict(groups, coords=coords, dims=dims)
+        else:
+            data = arviz.from_dict(**groups, coords=coords, dims=dims)
+    check_all_there(data, groups)
+    return data
 
 
 def _known_to_numpy(value: np.ndarray) -> np.ndarray:

@@ -59,8 +59,9 @@ def gradient_quality(
         A `GradientQuality`: print it, look at `overall`, `leaves["name"]` and `biased`.
 
     Raises:
-        ValueError: if there are fewer than two keys or no parameters, or if the gradient is not
-            finite, or zero, or an estimate is not finite, or not shaped as the parameters.
+        ValueError: if there are fewer than two keys or no parameters, or two leaves of one name; if
+            the gradient is not finite, or zero; if an estimate is not finite, or not shaped as the
+            parameters.
         TypeError: if a leaf is not floating point, or the function's value not a scalar.
 
     Example:

@@ -105,8 +105,8 @@ def simulation_based_calibration(
         and of each further quantity. Ties are broken at random. Printing it shows p-values.
 
     Raises:
-        ValueError: if `draws` does not have the tree and shapes of `params`, a name is taken twice,
-            a count is not positive, or a draw is NaN.
+        ValueError: if `draws` does not have the tree and shapes of `params`, a name is taken twice
+            (told before the first inference), a count is not positive, or a draw is NaN.
 
     Example:
         >>> import jax
@@ -133,12 +133,12 @@ def simulation_based_calibration(
     def simulation(rng_key):
         key_simulate, key_infer, key_ties = jax.random.split(rng_key, 3)
         params, data = simulate(key_simulate)
-        draws = infer(key_infer, data)
-        num_draws = _check_draws(params, draws)
         truth, extra = _named(params), further(params, data)
         if taken := truth.keys() & extra.keys():
             raise ValueError(f"quantities gives {sorted(taken)} anew: choose other names.")
         truth |= extra
+        draws = infer(key_infer, data)
+        num_draws = _check_draws(params, draws)
         sample = _named(draws) | jax.vmap(lambda draw: further(draw, data))(draws)
         keys = jax.random.split(key_ties, len(truth))
         ranks = {n: _rank(k, truth[n], sample[n]) for k, n in zip(keys, truth, strict=True)}
