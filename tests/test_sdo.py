@@ -643,10 +643,14 @@ ERRORS = {
     "no batch": (lambda: sdo.sample(denoise, Z[0], S), ValueError, "noise\\[None\\]"),
     "integers": (lambda: sdo.sample(denoise, Z.astype(int), S), TypeError, "floating-point"),
     "unknown": (lambda: sdo.sample(denoise, Z, S, keep_step="second"), ValueError, "'second'"),
-    "no such step": (lambda: sdo.sample(denoise, Z, S, keep_step=4), ValueError, "one of the 4"),
-    "too many": (lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Last(5)), ValueError, "1 to 4"),
+    "no such step": (lambda: sdo.sample(denoise, Z, S, keep_step=4), ValueError, "from -4 to 3"),
+    "too many": (
+        lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Last(5)),
+        ValueError,
+        "from 1 to 4",
+    ),
     "never": (lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Subset(0)), ValueError, "Subset"),
-    "a truth": (lambda: sdo.sample(denoise, Z, S, keep_step=True), ValueError, "True"),
+    "a truth": (lambda: sdo.sample(denoise, Z, S, keep_step=True), TypeError, "True"),
     "no key": (lambda: sdo.sample(denoise, Z, S, keep_step="random"), ValueError, "rng_key"),
     "no key either": (
         lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Subset(0.5)),

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from probbp.checks import check_numbers
 from probbp.ops.sdo.schedule import Prediction, Schedule, Steps
 
 
@@ -50,15 +52,32 @@ def gaussian_path(covariance: jax.typing.ArrayLike) -> GaussianPath:
         >>> gaussian_path(jnp.diag(jnp.array([4.0, 1.0]))).variances.tolist()
         [1.0, 4.0]
     """
+    check_numbers("covariance", covariance, "(-inf, inf)")
     covariance = jnp.asarray(covariance, float)
     if covariance.ndim < 2:
+        check_numbers("covariance", covariance, "[0, inf)", "It is a variance for each dimension.")
         return GaussianPath(jnp.atleast_1d(covariance), None)
     if covariance.ndim > 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(
             f"covariance must be a number, (d,) or (d, d), got {covariance.shape}: flatten samples."
         )
     variances, basis = jnp.linalg.eigh(covariance)
+    _check_covariance(covariance, variances)
     return GaussianPath(jnp.maximum(variances, 0.0), basis)
+
+
+def _check_covariance(covariance, variances):
+    """Require a symmetric matrix without negative eigenvalues, but for rounding."""
+    if isinstance(variances, Tracer):
+        return
+    tolerance = 1e-4 * float(jnp.max(jnp.abs(covariance)))
+    if float(jnp.max(jnp.abs(covariance - covariance.T))) > tolerance:
+        raise ValueError("covariance must be symmetric: take (C + C.T) / 2.")
+    if float(variances[0]) < -tolerance:
+        raise ValueError(
+            f"covariance must have no negative eigenvalue, got {float(variances[0]):.3g}: add a "
+            "multiple of the identity, or estimate it from more samples than dimensions."
+        )
 
 
 class Walk(NamedTuple):
