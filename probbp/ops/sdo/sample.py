@@ -57,8 +57,9 @@ def sample(
     one or two orders of magnitude too long, since A is 157 for `linear` and predicted noise. Then
     go in steps of unit length (`optax.normalize_by_update_norm`, Adam; in a sampler
     `probbp.estimators.through` that), or take `surrogate=gaussian_path(covariance)`, which has
-    about the right length and direction at the same cost. With `prediction="v"` the default path is
-    short (A <= 1), as that of `gaussian_path(1.0)` is for either prediction.
+    about the right length and direction at the same cost, if the network is a good denoiser. With
+    `prediction="v"` the default path is short (A <= 1), as that of `gaussian_path(1.0)` is for
+    either prediction.
 
     **In a log density** its value stays exact, and Metropolis steps (`probbp.mala`, NumPyro's HMC)
     leave it invariant whatever is kept; in HMC "random" and `Subset` need one key for a whole
