@@ -76,8 +76,8 @@ def categorical(num_classes: int, probs: jax.typing.ArrayLike | None = None) -> 
     num_classes = check_count("num_classes", num_classes, 2)
     if probs is not None:
         check_numbers("probs", probs, "[0, 1]")
-        if jnp.shape(probs) != (num_classes,):
-            raise ValueError(f"probs must be ({num_classes},), got {jnp.shape(probs)}.")
+        if np.shape(probs) != (num_classes,):
+            raise ValueError(f"probs must be ({num_classes},), got {np.shape(probs)}.")
     probs = jnp.full(num_classes, 1 / num_classes) if probs is None else jnp.asarray(probs)
     return Label(
         num_features=num_classes,
