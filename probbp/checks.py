@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -93,7 +93,7 @@ def _is_real(value: Any) -> bool:
     except ValueError:  # of rows that differ in length
         return False
     kinds = (np.floating, np.integer)
-    return any(jax.dtypes.issubdtype(dtype, kind) for kind in kinds)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _shown(value: Any) -> str:

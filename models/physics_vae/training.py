@@ -59,8 +59,8 @@ def svi(
         check_number("strength", strength, "(-inf, inf)")
     if invariance is not None and not callable(invariance):
         check_number("invariance", invariance, "(-inf, inf)")
-    is_known = not callable(strength) and not isinstance(strength, Tracer)
-    if is_known and not relative and strength > 1 / vae.num_outputs:
+    is_known = not isinstance(strength, Tracer)
+    if not callable(strength) and is_known and not relative and strength > 1 / vae.num_outputs:
         warnings.warn(
             f"strength={strength} is {strength * vae.num_outputs:.3g} / outputs. The reversed "
             "gradient sums over outputs: above 1 / outputs it overpowers the labels' and the fit "

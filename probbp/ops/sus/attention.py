@@ -137,10 +137,10 @@ def dot_product_attention(
     keep = math.inf if keep is None else _number("keep", keep)
     check_number("keep", keep, "(0, inf]", "keep=None keeps all weights.")
     window = None if local_window_size is None else _window(local_window_size)
-    scale = width**-0.5 if scale is None else _number("scale", scale)
-    check_number("scale", scale, "(-inf, inf)")
+    factor: float = width**-0.5 if scale is None else _number("scale", scale)
+    check_number("scale", factor, "(-inf, inf)")
     options = Options(
-        scale=scale,
+        scale=factor,
         is_causal=is_causal,
         window=window,
         keep=keep,
@@ -191,7 +191,8 @@ def _window(size):
     way_out = "One integer is for both sides, None for no window."
     if len(both) != 2:
         raise ValueError(f"local_window_size must be (back, ahead), got {size}. {way_out}")
-    return tuple(check_count("local_window_size", side, 0, way_out=way_out) for side in both)
+    back, ahead = (check_count("local_window_size", n, 0, way_out=way_out) for n in both)
+    return back, ahead
 
 
 def _check_shapes(query, key, value, bias, mask, lengths):

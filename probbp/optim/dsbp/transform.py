@@ -332,7 +332,7 @@ def _transposed(matrix: jax.Array) -> jax.Array:
 
 def _key(seed: int | jax.Array) -> jax.Array:
     is_key = jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key) or jnp.ndim(seed) == 1
-    return seed if is_key else jax.random.key(seed)
+    return jnp.asarray(seed) if is_key else jax.random.key(seed)
 
 
 def _check(mode, source, side, inner) -> None:
