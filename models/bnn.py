@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+from probbp.checks import check_count, check_number
+
 Dense = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -50,6 +52,12 @@ def model(
         >>> draws["weight_0"].shape, draws["y"].shape
         ((5, 3, 32), (5, 20))
     """
+    num_outputs = check_count("num_outputs", num_outputs)
+    widths = [check_count("widths", width) for width in widths]
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    if noise_scale is not None:
+        check_number("noise_scale", noise_scale, "(0, inf)")
+    _check_rows(x, y)
     sizes = (x.shape[1], *widths, num_outputs)
     products = [dense] * (len(sizes) - 1) if callable(dense) else dense
     if len(products) != len(sizes) - 1:
@@ -70,3 +78,13 @@ def model(
             dist.Categorical(logits=outputs) if is_classifier else dist.Normal(outputs, noise_scale)
         )
         numpyro.sample("y", likelihood, obs=y)
+
+
+def _check_rows(x, y):
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"x must be (rows, inputs), got {jnp.shape(x)}: x[:, None] for one input.")
+    if y is not None and jnp.shape(y) != x.shape[:1]:
+        raise ValueError(
+            f"y must have one number for each of the {x.shape[0]} rows, {x.shape[:1]}, got "
+            f"{jnp.shape(y)}: take y[:, 0] of a column."
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import linen, nnx, traverse_util
 
+from probbp.models.modules import check_module
 from probbp.ops import feedback
 
 Rule = Callable[[jax.Array, jax.Array], jax.Array]
@@ -78,6 +79,7 @@ def with_feedback(
         True
         >>> optimiser = nnx.Optimizer(random, optax.adam(1e-3), wrt=nnx.Param)
     """
+    check_module("model", model, "For Linen: linen_weights and linen_interceptor.")
     model = nnx.clone(model)
     layers: list[Any] = [
         (layer, *_NNX[kind])

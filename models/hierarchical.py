@@ -1,8 +1,11 @@
 """Regression whose intercepts vary by group and share what they have in common."""
 
 import jax
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+
+from probbp.checks import check_count, check_number, check_numbers
 
 
 def model(
@@ -36,6 +39,9 @@ def model(
         >>> sites["alpha"]["value"].shape, sites["y"]["value"].shape
         ((3,), (6,))
     """
+    num_groups = check_count("num_groups", num_groups)
+    check_number("scale", scale, "(0, inf)")
+    _check_rows(x, group, y, num_groups)
     mu = numpyro.sample("mu", dist.Normal(0, scale))
     tau = numpyro.sample("tau", dist.HalfNormal(scale))
     beta = numpyro.sample("beta", dist.Normal(0, scale).expand([x.shape[1]]).to_event(1))
@@ -48,3 +54,17 @@ def model(
             alpha = numpyro.deterministic("alpha", mu + tau * z)
     with numpyro.plate("rows", x.shape[0]):
         numpyro.sample("y", dist.Normal(alpha[group] + x @ beta, sigma), obs=y)
+
+
+def _check_rows(x, group, y, num_groups):
+    if jnp.ndim(x) != 2:
+        raise ValueError(f"x must be (rows, slopes), got {jnp.shape(x)}: x[:, None] for one slope.")
+    for name, value in {"group": group, "y": y}.items():
+        if value is not None and jnp.shape(value) != x.shape[:1]:
+            raise ValueError(
+                f"{name} must have one entry for each of the {x.shape[0]} rows, {x.shape[:1]}, got "
+                f"{jnp.shape(value)}: take {name}[:, 0] of a column."
+            )
+    if not jnp.issubdtype(jnp.result_type(group), jnp.integer):
+        raise TypeError(f"group must be integers, got {jnp.result_type(group)}: cast it.")
+    check_numbers("group", group, f"[0, {num_groups})", "Groups are counted from 0.")

@@ -17,7 +17,7 @@ curvature, which the gradient at a draw and the draw's noise estimate together.
     logits = blob.predict(lora, key, posterior(lora, factors, optimiser.std(state)), base, x)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.handlers import substitute, trace
 
+from probbp.checks import check_number
 from probbp.models.blob import BayesianLora, root_of_std
 
 
@@ -124,16 +125,19 @@ def ivon(
         >>> bool(jnp.all(abs(optimiser.std(state) / exact - 1) < 0.1))
         True
     """
-    if not all(0 <= beta < 1 for beta in decay):
-        raise ValueError(f"decay must be two numbers from 0 to below 1, got {decay}.")
     for name, value in (
         ("num_data", num_data),
         ("prior_scale", prior_scale),
         ("kl_weight", kl_weight),
         ("hessian_init", hessian_init),
     ):
-        if isinstance(value, float | int) and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+        check_number(name, value, "(0, inf)")
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)")
+    if not isinstance(decay, Sequence) or len(decay) != 2:
+        raise ValueError(f"decay must be two numbers, of gradient and curvature, got {decay}.")
+    for beta in decay:
+        check_number("decay", beta, "[0, 1)")
     beta1, beta2 = decay
     weight = num_data / kl_weight  # lambda
     delta = 1 / (weight * prior_scale**2)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count
+
 
 def step(
     field: Callable[[jax.Array], jax.Array], state: jax.Array, h: float | jax.Array
@@ -56,6 +58,7 @@ def solve(
         >>> bool(jnp.allclose(states[:, 0], jnp.exp(-times), atol=1e-5))
         True
     """
+    num_substeps = check_count("num_substeps", num_substeps)
 
     def interval(state, duration):
         h = duration / num_substeps

@@ -18,6 +18,8 @@ from numpyro.contrib.module import random_nnx_module
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_value
 
+from probbp.checks import check_count, check_number
+from probbp.models.modules import check_module
 from probbp.ops import rate
 
 _NAME = "network"
@@ -42,6 +44,7 @@ class MLP(nnx.Module):
             sizes: number of inputs, of neurons in each hidden layer, and of outputs.
             rngs: of the initial weights.
         """
+        sizes = [check_count("sizes", size) for size in sizes]
         *hidden, last = zip(sizes[:-1], sizes[1:], strict=True)
         self.hidden = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in hidden])
         self.readout = nnx.Linear(*last, rngs=rngs)
@@ -88,6 +91,9 @@ class ConvNet(nnx.Module):
                 `partial(nnx.GroupNorm, num_groups=4)`.
             rngs: of the initial weights.
         """
+        num_channels = check_count("num_channels", num_channels)
+        num_outputs = check_count("num_outputs", num_outputs)
+        widths = [check_count("widths", width) for width in widths]
         norm = BatchNorm if norm is None else norm
         conv = partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
         self.stem, self.stem_norm = conv(num_channels, widths[0]), norm(widths[0], rngs=rngs)
@@ -153,6 +159,9 @@ class BatchNorm(nnx.Module):
             epsilon: added to the variance.
             rngs: not needed; Flax's normalisations take it too.
         """
+        num_features = check_count("num_features", num_features)
+        check_number("momentum", momentum, "[0, 1]")
+        check_number("epsilon", epsilon, "(0, inf)")
         self.scale = nnx.Param(jnp.ones(num_features))
         self.bias = nnx.Param(jnp.zeros(num_features))
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
@@ -226,6 +235,12 @@ def model(
         >>> svi = SVI(labelled, guide(labelled, network), optax.adam(1e-2), Trace_ELBO())
         >>> result = svi.run(jax.random.key(1), 5, x, (x[:, 0] > 0).astype(int), progress_bar=False)
     """
+    num_steps = check_count("num_steps", num_steps)
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    check_number("temperature", temperature, "(0, inf)")
+    if num_rows is not None:
+        num_rows = check_count("num_rows", num_rows, len(x))
+    check_module("network", network)
     if jax.tree.leaves(nnx.state(network, nnx.Not(nnx.Param))):
         raise ValueError(
             "The network keeps a state, which a random network can't: use a normalisation without "
@@ -256,6 +271,8 @@ def guide(model: Callable, network: nnx.Module, init_scale: float = 0.02) -> Aut
     Returns:
         NumPyro's `AutoNormal`. See `model` for an example.
     """
+    check_number("init_scale", init_scale, "(0, inf)")
+    check_module("network", network)
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     values = {f"{_NAME}/" + ".".join(str(step.key) for step in path): leaf for path, leaf in leaves}
     return AutoNormal(model, init_loc_fn=init_to_value(values=values), init_scale=init_scale)

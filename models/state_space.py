@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+from probbp.checks import check_count, check_number, check_numbers
 from probbp.models import runge_kutta
 from probbp.ops import rtrl
 
@@ -49,6 +50,10 @@ def garch(
         >>> sorted(trace(seed(garch, 0)).get_trace(y))
         ['alpha0', 'alpha1', 'beta1', 'mu', 'share', 'y']
     """
+    check_number("scale", scale, "(0, inf)")
+    if first_scale is not None:
+        check_number("first_scale", first_scale, "(0, inf)")
+    _check_series(y)
     mu = numpyro.sample("mu", dist.Normal(0.0, scale))
     alpha0 = numpyro.sample("alpha0", dist.HalfNormal(scale))
     # Uniform on the triangle: alpha1 has the density 2 (1 - alpha1). NumPyro's guides keep the
@@ -92,6 +97,8 @@ def local_linear_trend(y: jax.Array, *, scale: float = 1.0, scan: Callable = rtr
         >>> sorted(trace(seed(local_linear_trend, 0)).get_trace(y))
         ['sigma', 'sigma_level', 'sigma_slope', 'y']
     """
+    check_number("scale", scale, "(0, inf)")
+    _check_series(y, may_lack=True)
     prior = dist.HalfNormal(scale)
     sigma, sigma_level, sigma_slope = (
         numpyro.sample(name, prior) for name in ("sigma", "sigma_level", "sigma_slope")
@@ -210,6 +217,9 @@ def hidden_markov(
         >>> sites["transition"]["value"].shape
         (3, 3)
     """
+    num_regimes = check_count("num_regimes", num_regimes)
+    check_number("scale", scale, "(0, inf)")
+    _check_series(y)
     concentration = jnp.ones((num_regimes, num_regimes))
     concentration = concentration + jnp.eye(num_regimes) * 9 * (num_regimes - 1)
     transition = numpyro.sample("transition", dist.Dirichlet(concentration).to_event(1))
@@ -266,6 +276,10 @@ def pendulum(
         >>> sorted(trace(seed(pendulum, 0)).get_trace(y, time_step=0.1))
         ['angle', 'omega', 'sigma', 'velocity', 'y', 'zeta']
     """
+    check_number("time_step", time_step, "(0, inf)")
+    num_substeps = check_count("num_substeps", num_substeps)
+    check_number("max_frequency", max_frequency, "(0, inf)")
+    _check_series(y)
     omega = numpyro.sample("omega", dist.Uniform(0.0, max_frequency))
     zeta = numpyro.sample("zeta", dist.HalfNormal(0.5))
     angle = numpyro.sample("angle", dist.Uniform(-jnp.pi, jnp.pi))
@@ -346,3 +360,12 @@ def streamed(
     carry, sensitivity = rtrl.advance(with_total, params, *start, xs)
     kept["state"], kept["sensitivity"] = carry[0], sensitivity[0]
     return rtrl.attach(carry[1], sensitivity[1], params)
+
+
+def _check_series(y, *, may_lack=False):
+    """Require a series of numbers; NaN stands for missing values where a model may lack some."""
+    if jnp.ndim(y) != 1 or not jnp.size(y):
+        raise ValueError(f"y must be a series (time,), got {jnp.shape(y)}: y[:, 0] of a column.")
+    if not may_lack:
+        way_out = "Of missing values only local_linear_trend and kalman know what to do."
+        check_numbers("y", y, "(-inf, inf)", way_out)

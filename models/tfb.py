@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
 from probbp.models.blob import BayesianLora
 
 
@@ -48,6 +49,7 @@ def training_free(
         >>> sorted(training_free(lora, trained, 0.1))
         ['w_B', 'w_g', 'w_loc']
     """
+    check_number("sigma", sigma, "[0, inf)")
     posterior = {}
     for name in lora.layouts:
         loc, b = params[f"{name}_loc"], params[f"{name}_B"]
@@ -104,6 +106,8 @@ def search(
         >>> bool(abs(sigma - 0.1) < 1e-3)
         True
     """
+    num_steps = check_count("num_steps", num_steps)
+    check_number("tolerance", tolerance, "[0, inf)")
     low, high = bounds
     if not 0 < low < high:
         raise ValueError(f"bounds must be positive and increasing, got {bounds}.")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count
+
 
 def init(
     rng_key: jax.Array,
@@ -62,6 +64,12 @@ def init(
             "Give one of vocabulary (the inputs are integers) and num_features (the inputs are "
             f"patches), got vocabulary={vocabulary} and num_features={num_features}."
         )
+    counts = {"num_classes": num_classes, "max_length": max_length, "vocabulary": vocabulary}
+    counts |= {"num_features": num_features, "width": width, "hidden_width": hidden_width}
+    for name, count in counts.items():
+        if count is not None:
+            check_count(name, count)
+    num_layers = check_count("num_layers", num_layers, 0)
     key_embedding, key_position, *keys = jax.random.split(rng_key, 2 + 6 * num_layers)
     params = {}
 
@@ -183,6 +191,7 @@ def encode(
     """
     hidden = _embed(params, inputs)
     batch, time, width = hidden.shape
+    num_heads = check_count("num_heads", num_heads)
     if width % num_heads:
         raise ValueError(f"The width, {width}, is not a multiple of num_heads={num_heads}.")
     if mask is not None:
@@ -234,6 +243,7 @@ def patches(images: jax.Array, size: int = 2) -> jax.Array:
         >>> patches(jnp.zeros((3, 8, 8)), 2).shape
         (3, 16, 4)
     """
+    size = check_count("size", size)
     batch, height, width, *channels = images.shape
     if height % size or width % size:
         raise ValueError(f"Patches of {size} do not tile images of {height} x {width} pixels.")

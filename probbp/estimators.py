@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_choice, check_count
 from probbp.types import Estimator, Tree, ValueAndGrad, keyed
 
 
@@ -81,12 +82,10 @@ def forward(
         Baydin et al., 2022, arXiv:2202.08587 (forward gradients); Fluegel et al., 2024,
         arXiv:2410.17764 (several orthogonal tangents).
     """
-    if num_tangents < 1:
-        raise ValueError(f"forward needs at least one tangent, got num_tangents={num_tangents}.")
-    if tangents not in ("gaussian", "unit", "orthogonal"):
-        raise ValueError(
-            f"Unknown tangents={tangents!r}: choose 'gaussian', 'unit' or 'orthogonal'."
-        )
+    num_tangents = check_count("num_tangents", num_tangents)
+    check_choice("tangents", tangents, ("gaussian", "unit", "orthogonal"))
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
 
     def estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         def value_and_grad(rng_key, params):
@@ -146,8 +145,10 @@ def averaged(estimator: Estimator, num: int, *, batch_size: int | None = None) -
         >>> estimator = averaged(forward(), num=8)
         >>> value, grad = estimator(jnp.sum)(jax.random.key(0), jnp.ones(3))
     """
-    if num < 1:
-        raise ValueError(f"averaged needs at least one key, got num={num}.")
+    _check_estimator(estimator)
+    num = check_count("num", num)
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
 
     def averaged_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         value_and_grad = estimator(fun, has_aux)
@@ -189,6 +190,7 @@ def control_variate(estimator: Estimator, approximate_grad: Callable[[Tree], Tre
         >>> estimator = control_variate(forward(), lambda x: 2 * x)
         >>> value, grad = estimator(fun)(jax.random.key(0), jnp.ones(3))
     """
+    _check_estimator(estimator)
 
     def controlled_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         def controlled_value_and_grad(rng_key, params):
@@ -227,6 +229,7 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
         >>> grad.tolist()
         [0.5, 0.5, 0.5, 0.5]
     """
+    _check_estimator(estimator)
 
     def transformed_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         value_and_grad = estimator(fun, has_aux)
@@ -239,6 +242,17 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
         return transformed_value_and_grad
 
     return transformed_estimator
+
+
+def _check_estimator(estimator):
+    """Require an estimator that was made, not its name and not the function that makes it."""
+    makers = (reverse, forward, averaged, control_variate, through)
+    if not callable(estimator) or estimator in makers:
+        name = getattr(estimator, "__name__", repr(estimator))
+        raise TypeError(
+            f"estimator must be an estimator, got {name}: call the function that makes it, such as "
+            "reverse() or forward(8)."
+        )
 
 
 def _summed(batch_fn: Callable, items: Tree, batch_size: int | None) -> tuple:

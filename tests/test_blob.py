@@ -919,7 +919,7 @@ def test_what_is_no_adapter_is_not_loaded(tmp_path):
         blob.load(bayes, tmp_path)
     with pytest.raises(FileNotFoundError):
         blob.load(bayes, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="format must be"):
+    with pytest.raises(ValueError, match="Unknown format"):
         blob.save(bayes, params, tmp_path / "adapter", format="pickle")
 
 
@@ -985,11 +985,11 @@ WRONG = {
         ValueError,
         "'w' and 'w_B' would share",
     ),
-    "rank": ({"rank": 0}, ValueError, "rank must be at least 1"),
+    "rank": ({"rank": 0}, ValueError, "rank must be a positive integer"),
     "alpha": ({"alpha": 0.0}, ValueError, "alpha must be positive"),
     "prior": ({"prior_scale": -1.0}, ValueError, "prior_scale must be positive"),
     "start": ({"init_std": 0.0}, ValueError, "init_std must be positive"),
-    "noise": ({"noise": "token"}, ValueError, "noise must be 'flipout'"),
+    "noise": ({"noise": "token"}, ValueError, "choose 'flipout'"),
     "dtype": ({"dtype": jnp.bfloat16}, ValueError, "at least single precision"),
     "batch": (
         {"apply_fn": lambda base, x, m: pooled(base, x * m), "example": (MANY, np.ones(()))},
@@ -1013,17 +1013,17 @@ def test_what_is_wrong_is_said(name):
 
 def test_calls_that_are_wrong_are_said_so():
     bayes, params = simple()
-    with pytest.raises(ValueError, match="noise must be"):
+    with pytest.raises(ValueError, match="Unknown noise"):
         elbo(bayes, params, noise="token")
-    with pytest.raises(ValueError, match="kl_weight must not be negative"):
+    with pytest.raises(ValueError, match="kl_weight must be finite and not negative"):
         jax.eval_shape(lambda: elbo(bayes, params, kl_weight=-1.0))
-    with pytest.raises(ValueError, match="num_samples must not be negative"):
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 0"):
         blob.predict(bayes, KEY, params, BASE, MANY, num_samples=-1)
-    with pytest.raises(ValueError, match="schedule must be"):
+    with pytest.raises(ValueError, match="Unknown schedule"):
         blob.svi(bayes, optax.sgd(0.1), schedule="kick")
     with pytest.raises(ValueError, match="needs a cycle"):
         blob.svi(bayes, optax.sgd(0.1), schedule="blob")
-    with pytest.raises(ValueError, match="cycle must be at least 1"):
+    with pytest.raises(ValueError, match="cycle must be a positive integer"):
         blob.alternating(optax.sgd(0.1), prior_scale=0.2, cycle=0)
     sequence = make(likelihood=lambda logits: dist.Normal(logits, 1.0))
     with pytest.raises(ValueError, match="likelihood has batch shape"):

@@ -182,7 +182,6 @@ def test_labels_of_other_kinds():
 GOOD = np.array([[0.5, 0.5], [0.1, 0.9]])
 BAD = {
     "logits": ((GOOD * 4, [0, 1]), "softmax"),
-    "nan": ((GOOD * np.nan, [0, 1]), "outside"),
     "not normalised": ((GOOD * 0.9, [0, 1]), "normalise"),
     "draws": ((np.stack([GOOD] * 3), [0, 1]), "average the draws"),
     "one column": ((GOOD[:, :1], [0, 1]), "one column"),
@@ -192,6 +191,9 @@ BAD = {
     "one-hot": ((GOOD, np.eye(2, dtype=int)), "argmax"),
     "float labels": ((GOOD, [0.0, 1.0]), "cast"),
     "class too high": ((GOOD, [1, 2]), "between 0 and 1"),
+    "nan": (([[0.5, np.nan], [0.5, 0.5]], [0, 1]), "probs has NaN, first in row 0"),
+    "nan, binary": (([0.5, np.nan], [0, 1]), "probs has NaN, first in row 1"),
+    "a column of labels": ((GOOD, [[0], [1]]), r"labels\[:, 0\]"),
     "missing label": ((GOOD[:, 1], [-1, 1]), "between 0 and 1"),
 }
 

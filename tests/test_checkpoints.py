@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -576,6 +577,17 @@ REFUSED = {
 }
 
 
+REFUSED |= {
+    "rms_norm_eps in config.json must be positive": (LLAMA | {"rms_norm_eps": math.nan}, "nan"),
+    "layer_norm_eps in config.json must be positive": (BERT | {"layer_norm_eps": -1.0}, "-1"),
+    "num_hidden_layers=100000000": (LLAMA | {"num_hidden_layers": 10**8}, "of 2 layers"),
+    "lacks hidden_size, vocab_size": (
+        {name: value for name, value in BERT.items() if name not in ("hidden_size", "vocab_size")},
+        "which Bert needs",
+    ),
+}
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_supported_is_refused_by_name(message, tmp_path):
     config, also = REFUSED[message]
@@ -584,6 +596,36 @@ def test_what_is_not_supported_is_refused_by_name(message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         checkpoints.load(tmp_path)
     assert also in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "family"),
+    [
+        (BERT, "RobertaModel", "Bert"),
+        (ROBERTA, "BertModel", "Roberta"),
+        (QWEN2, "LlamaModel", "Qwen2"),
+    ],
+)
+def test_another_familys_weights_are_refused(config, architecture, family, tmp_path):
+    """Their tensors have the same names and shapes, and mean something else."""
+    folder = write(tmp_path, config)
+    with pytest.raises(ValueError, match=f"model_type='{family.lower()}'.*of {family}"):
+        checkpoints.load(folder, architecture=architecture)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "3"])
+def test_a_configuration_that_is_none(text, tmp_path):
+    write(tmp_path, BERT)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json (holds a|is not JSON)"):
+        checkpoints.load(tmp_path)
+
+
+def test_sizes_are_integers(tmp_path):
+    write(tmp_path, BERT)
+    (tmp_path / "config.json").write_text(json.dumps(BERT | {"hidden_size": "16"}))
+    with pytest.raises(TypeError, match="hidden_size in config.json must be a positive integer"):
+        checkpoints.load(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -401,11 +401,11 @@ def test_activations_come_as_an_extra_argument():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank": 0}, "rank=0"),
-        ({"refresh": 0}, "refresh=0"),
-        ({"mode": "flat"}, "residual, whiten"),
-        ({"source": "hessian"}, "gradient, activations"),
-        ({"side": "left"}, "in, out"),
+        ({"rank": 0}, "rank must be a positive integer, got 0"),
+        ({"refresh": 0}, "refresh must be a positive integer, got 0"),
+        ({"mode": "flat"}, "'residual', 'whiten'"),
+        ({"source": "hessian"}, "'gradient' or 'activations'"),
+        ({"side": "left"}, "'in' or 'out'"),
         ({"decay": 1.5}, "between 0 and 1"),
         ({"mode": "damp", "inner": optax.trace(0.9)}, "chain it behind"),
         ({"inner": optax.scale_by_rms()}, "ScaleByRmsState"),

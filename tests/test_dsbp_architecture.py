@@ -266,12 +266,12 @@ def test_on_digits_refitted_units_beat_the_largest_weights_out_of_sample():
 ONE = np.ones(3)
 REFUSED = {
     r"in \(0, 1\]": lambda: energy_rank(ONE, 0.0),
-    r"longer, in \(0, 1\]": lambda: marchenko_pastur_median(1.5),
+    "shorter side over the longer": lambda: marchenko_pastur_median(1.5),
     "All are needed": lambda: noise_threshold(ONE, (4, 5)),
     "has 4 singular values": lambda: allocate([ONE], [(4, 4)], 10),
     "One spectrum, one shape": lambda: allocate([ONE], [(3, 3), (3, 3)], 10),
-    "must not be negative": lambda: allocate([ONE], [(3, 3)], -1),
-    "for 2 examples of 3 units": lambda: select_units(np.ones((2, 3)), 3),
+    "budget must be in": lambda: allocate([ONE], [(3, 3)], -1),
+    "2 examples of 3 units": lambda: select_units(np.ones((2, 3)), 3),
     "inputs are 3": lambda: select_units(np.ones((4, 3)), 2, kernel=np.ones((2, 3))),
     "got 0": lambda: select_units(np.ones((2, 3)), 0),
 }

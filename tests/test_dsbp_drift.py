@@ -232,9 +232,9 @@ def test_on_digits_a_change_of_light_is_taken_back_without_labels():
 
 SEEN = drift.Reference(np.zeros(SIZE), np.eye(SIZE)[:, :RANK], np.ones(RANK), np.array(0.1))
 REFUSED = {
-    "less than the 3 units": lambda: drift.reference(np.ones((5, 3)), 3),
-    "at least 0": lambda: drift.reference(np.ones((5, 3)), -1),
-    "between 0 and 1; got 1.0": lambda: drift.follow(SEEN, np.ones((5, SIZE)), 1.0),
+    "from 0 to 2, got 3. Of the 3 units": lambda: drift.reference(np.ones((5, 3)), 3),
+    "got -1": lambda: drift.reference(np.ones((5, 3)), -1),
+    r"decay must be in \(0, 1\), got 1": lambda: drift.follow(SEEN, np.ones((5, SIZE)), 1.0),
     "take `reference` of the batch": lambda: drift.follow(SEEN, np.ones((5, SIZE)), 0.0),
     "activations have 5": lambda: drift.follow(SEEN, np.ones((5, 5))),
     "Two bases of one space": lambda: drift.principal_angles(np.eye(3), np.eye(4)),

@@ -393,7 +393,7 @@ def test_a_year_s_curve_from_its_first_months():
     ("make", "words"),
     [
         (lambda: task_basis(np.ones((2, 5)), 3), "Take the gradients of more tasks"),
-        (lambda: task_basis(np.ones((2, 5)), 0), "the rank is from 1 to 2"),
+        (lambda: task_basis(np.ones((2, 5)), 0), "rank must be a positive integer, got 0"),
         (
             lambda: task_basis(np.ones((2, 5)), 1, task_basis(np.ones((2, 4)), 1)),
             "so_far is of 4 parameters",

@@ -490,7 +490,7 @@ def certify(rows, line=None, losses=lambda w, x: 0 * x):
             "Say what the prior was made from",
         ),
         (lambda: prior(np.zeros(3), np.eye(2), 1.0, independent=True), r"must be \(3, dim\)"),
-        (lambda: prior(np.zeros(2), np.eye(2), 0.0, independent=True), "scale must be above"),
+        (lambda: prior(np.zeros(2), np.eye(2), 0.0, independent=True), "scale must be positive"),
         (
             lambda: prior(np.zeros(2), np.eye(2), 1.0, rows=np.array([True, False])),
             r"take jnp.flatnonzero\(mask\)",
@@ -504,7 +504,7 @@ def certify(rows, line=None, losses=lambda w, x: 0 * x):
         (lambda: certify([4, 5], losses=lambda w, x: 0 * x - 1), "2 losses within 0 and 1"),
         (lambda: certify([4, 5], losses=lambda w, x: x / 0), "2 losses within 0 and 1"),
         (lambda: certify([4, 5], losses=lambda w, x: 0.0 * w[0]), "one for each row"),
-        (lambda: modified_equation(jnp.sum, 0.1, order=3), "order is 1 or 2"),
+        (lambda: modified_equation(jnp.sum, 0.1, order=3), "order must be an integer from 1 to 2"),
         (lambda: modified_equation(jnp.sum, 0.1, rho=0.1), "both leading_fn and a rho"),
     ],
 )

@@ -506,7 +506,7 @@ def test_on_digits_a_network_learns_five_more_classes_and_keeps_the_old_logits()
 REFUSED = {
     "the 12 products that are made": lambda: of_hessian(START, 13),
     "the 4 products .* got 5": lambda: of_hessian(START, 5, 4),
-    "must be positive; got 0": lambda: transfer.laplace(KEY, loss, START, rank=1, rest=0),
+    "rest must be positive": lambda: transfer.laplace(KEY, loss, START, rank=1, rest=0),
     r"share must be in \(0, 1\]": lambda: transfer.used_directions(np.ones((2, 2)), share=0),
     "so_far is of 3 inputs": lambda: transfer.used_directions(np.eye(2), so_far=np.eye(3)),
     r"shape \(8, 5\) do not fit a parameter of shape \(7, 3\)": lambda: transfer.protect(

@@ -277,8 +277,8 @@ x, kernel = LAYERS["tall"]
 REFUSED = {
     "Give a rank or a tolerance": lambda m: truncate(kernel, m),
     "one of them": lambda m: truncate(kernel, m, rank=1, tolerance=0.1),
-    "rank must be between 0 and 5": lambda m: truncate(kernel, m, rank=6),
-    r"in \[0, 1\]; got 2": lambda m: truncate(kernel, m, tolerance=2),
+    "rank must be an integer from 0 to 5": lambda m: truncate(kernel, m, rank=6),
+    "tolerance must be between 0 and 1, got 2": lambda m: truncate(kernel, m, tolerance=2),
     "transpose": lambda m: truncate(kernel.T, m, rank=1),
     "Biases stay": lambda m: truncate(kernel[0], m, rank=1),
     "one SecondMoment for each layer": lambda m: second_moment(x[:, :3], m),

@@ -192,9 +192,9 @@ def test_through_starts_its_state_afresh():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: forward(num_tangents=0), ValueError, "at least one tangent"),
+        (lambda: forward(num_tangents=0), ValueError, "num_tangents must be a positive"),
         (lambda: forward(tangents="sobol"), ValueError, "'gaussian', 'unit' or 'orthogonal'"),
-        (lambda: averaged(reverse(), 0), ValueError, "at least one key"),
+        (lambda: averaged(reverse(), 0), ValueError, "num must be a positive"),
         (
             lambda: forward(num_tangents=13, tangents="orthogonal")(fun)(
                 jax.random.key(0), params()

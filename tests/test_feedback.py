@@ -820,6 +820,8 @@ def test_feedback_weights_of_an_nnx_network_may_learn_or_follow_the_kernel_s_sig
     exact = with_feedback(net, KEYS[1], rule=lambda kernel, _: kernel)
     ours, theirs = (nnx.to_pure_dict(grad(n)) for n in (exact, net))
     assert_close(ours["conv"]["kernel"], theirs["conv"]["kernel"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="got Dense. For Linen: linen_weights"):
+        with_feedback(linen.Dense(3), KEYS[0])
     with pytest.raises(ValueError, match="no Linear, LinearGeneral or Conv"):
         with_feedback(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), KEYS[0])
 

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from cheap import compiled, key_of, normal
-from flax import nnx
+from flax import linen, nnx
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -392,6 +393,21 @@ def test_a_flax_model_grows_unedited():
     apply, params = growth.from_nnx(grouped)
     with pytest.raises(ValueError, match="groups"):
         apply(params, ops.grown({}), np.ones((1, 2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: linen.Dense(3), TypeError, r"got Dense. .*growth.from_loss"),
+        (lambda: equinox.nn.Linear(2, 3, key=KEY), TypeError, "got Linear. An Equinox module has"),
+        (lambda: nnx.Linear, TypeError, "not its class or its parameters"),
+        (lambda: {"kernel": np.ones((2, 3))}, TypeError, "must be a Flax NNX module, got dict"),
+        (lambda: nnx.BatchNorm(3, rngs=nnx.Rngs(0)), ValueError, "no nnx.Linear and no nnx.Conv"),
+    ],
+)
+def test_models_in_which_nothing_could_grow_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        growth.from_nnx(make())
 
 
 # ---------------------------------------------------------------------------------------

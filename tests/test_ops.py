@@ -91,7 +91,7 @@ def test_reversal_has_a_schedule_and_gives_it_no_gradient():
         (lambda: substitute({"a": X}, [X]), "differ in structure"),
         (lambda: substitute({"a": X}, {"a": X[:2]}), r"value\['a'\] has shape \(3,\)"),
         (lambda: substitute(X, X.astype("float32")), "cast them alike"),
-        (lambda: gradient_reversal(X, X), "must be a scalar"),
+        (lambda: gradient_reversal(X, X), "strength must be one number"),
     ],
 )
 def test_bad_input(make, words):

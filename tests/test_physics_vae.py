@@ -650,7 +650,7 @@ def test_a_physics_may_solve_a_differential_equation(solve):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"guide": "full"}, "guide must be"),
+        ({"guide": "full"}, "Unknown guide"),
         ({"domain": None, "classes": None}, "a domain, classes or both"),
         ({"reference": {"c": C[0]}}, "reference must have"),
         ({"known": np.zeros(ROWS)}, "known must be"),
@@ -691,3 +691,9 @@ def test_labels_that_are_not_there():
         seed(vae.model, KEY)(X, C, Y)
     with pytest.raises(ValueError, match="finite"):
         continuous(np.array([[np.nan]]))
+    with pytest.raises(ValueError, match="c has .*nan.* in record 3.*pass has_c"):
+        seed(vae.model, KEY)(X, np.where(np.arange(ROWS)[:, None] == 3, np.nan, C))
+    has_c = np.arange(ROWS) != 3
+    seed(vae.model, KEY)(X, np.where(has_c[:, None], C, np.nan), has_c=has_c)
+    with pytest.raises(ValueError, match="y has 7 in record 0"):
+        seed(build(domain=None).model, KEY)(X, None, np.full(ROWS, 7))

@@ -531,8 +531,11 @@ def changing(spike, x, calls=[]):  # noqa: B006  a state is what is tested
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda net: simulate(net, rate.constant(X), 0), "at least 1"),
-        (lambda net: simulate(net, rate.constant(X), 4, gradient="ottt"), "'rate' or 'bptt'"),
+        (lambda net: simulate(net, rate.constant(X), 0), "num_steps must be a positive integer"),
+        (
+            lambda net: simulate(net, rate.constant(X), 4, gradient="ottt"),
+            "choose 'rate' or 'bptt'",
+        ),
         (lambda net: simulate(net, rate.constant(X), 4, order="both"), "'time' or 'layer'"),
         (lambda net: simulate(net, rate.constant(X), 4, checkpoint=True), "nothing is stored"),
         (lambda net: lif(reset="none"), "'soft' or 'hard'"),

@@ -449,6 +449,15 @@ def test_diagonal_units_refuse_what_they_would_lose():
 
     with pytest.raises(TypeError, match="give the cell its parameters by params"):
         jax.grad(loss)(0.5)
+    add = lambda carry, x: (carry + 1, None)
+    for length, words in (
+        (-1, "length must be .* at least 0, got -1"),
+        (None, "length"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rtrl.scan(add, 0.0, None, length)
+    with pytest.raises(ValueError, match="leading axes"):
+        rtrl.scan(add, 0.0, (np.ones(3), np.ones(4)))
     with pytest.raises(ValueError, match="units on the first axis"):
         rtrl.diagonal_scan(unit, UNITS, (np.ones(5), np.ones(5)), np.ones((2, 3)), None)
 

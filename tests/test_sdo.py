@@ -643,10 +643,14 @@ ERRORS = {
     "no batch": (lambda: sdo.sample(denoise, Z[0], S), ValueError, "noise\\[None\\]"),
     "integers": (lambda: sdo.sample(denoise, Z.astype(int), S), TypeError, "floating-point"),
     "unknown": (lambda: sdo.sample(denoise, Z, S, keep_step="second"), ValueError, "'second'"),
-    "no such step": (lambda: sdo.sample(denoise, Z, S, keep_step=4), ValueError, "one of the 4"),
-    "too many": (lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Last(5)), ValueError, "1 to 4"),
+    "no such step": (lambda: sdo.sample(denoise, Z, S, keep_step=4), ValueError, "from -4 to 3"),
+    "too many": (
+        lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Last(5)),
+        ValueError,
+        "from 1 to 4",
+    ),
     "never": (lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Subset(0)), ValueError, "Subset"),
-    "a truth": (lambda: sdo.sample(denoise, Z, S, keep_step=True), ValueError, "True"),
+    "a truth": (lambda: sdo.sample(denoise, Z, S, keep_step=True), TypeError, "True"),
     "no key": (lambda: sdo.sample(denoise, Z, S, keep_step="random"), ValueError, "rng_key"),
     "no key either": (
         lambda: sdo.sample(denoise, Z, S, keep_step=sdo.Subset(0.5)),
@@ -695,6 +699,54 @@ ERRORS = {
         "prediction='v'",
     ),
 }
+
+
+def test_the_path_is_too_short_for_a_weak_denoiser():
+    """Exact for the best denoiser of N(0, 1); for one that predicts half of the noise it is not."""
+    schedule = sdo.linear(50)
+    levels = np.asarray(schedule.train_signal)
+
+    def slope(strength, **options):
+        def denoiser(x, t):
+            return strength * jnp.sqrt(1 - jnp.asarray(levels)[t.astype(int)])[:, None] * x
+
+        sampled = lambda z: sdo.sample(denoiser, z, schedule, **options).sum()
+        return compiled(jax.grad(sampled))(np.ones((1, 1)))[0, 0]
+
+    path = {"surrogate": sdo.gaussian_path(1.0)}
+    exact, approximate = slope(1.0, keep_step="all"), slope(1.0, **path)
+    np.testing.assert_allclose(approximate, exact, rtol=1e-6)
+    assert 10 < slope(0.5, keep_step="all") / slope(0.5, **path) < 15
+
+
+DENOISERS = {
+    "no function": (3, {}, "x and t, got int"),
+    "one argument": (lambda x: x, {}, r"x and t, got one of \(x\)"),
+    "no control": (denoise, {"controls": np.ones((4, 2, 1))}, "x and t and control, got"),
+    "control": (lambda x, t, control: x, {}, "x and t, got one of .*as controls"),
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_of_another_arity(name):
+    denoiser, options, words = DENOISERS[name]
+    with pytest.raises(TypeError, match=f"denoiser must be a function of {words}"):
+        sdo.sample(denoiser, Z, S, **options)
+
+
+COVARIANCES = {
+    "negative": ([-1.0, 1.0], "covariance must be finite and not negative, got -1"),
+    "nan": ([1.0, np.nan], "covariance must be finite, got nan"),
+    "no symmetry": ([[1.0, 2.0], [0.0, 1.0]], "must be symmetric"),
+    "indefinite": ([[1.0, 2.0], [2.0, 1.0]], "no negative eigenvalue, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", COVARIANCES)
+def test_what_is_no_covariance(name):
+    covariance, words = COVARIANCES[name]
+    with pytest.raises(ValueError, match=words):
+        sdo.gaussian_path(np.array(covariance))
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -781,9 +781,9 @@ def test_a_chain_with_it_is_exact():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"keep": 0}, ValueError, "keep must be above zero, got 0"),
+        ({"keep": 0}, ValueError, "keep must be positive, got 0"),
         ({"keep": -1.0}, ValueError, "keep=None keeps all"),
-        ({"sampling": "topk"}, ValueError, "one of systematic, filled, independent"),
+        ({"sampling": "topk"}, ValueError, "choose 'systematic', 'filled' or 'independent'"),
         ({"query": QUERY[0, 0]}, ValueError, "query must have three axes"),
         ({"query": QUERY[..., :3]}, ValueError, "key and value .batch, keys, key heads, width"),
         ({"value": VALUE[:, :5]}, ValueError, "key and value .batch, keys, key heads, width"),

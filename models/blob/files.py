@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probbp.checks import check_choice
 from probbp.models.blob.model import BayesianLora
 from probbp.models.saving import orbax
 
@@ -44,6 +45,7 @@ def save(
         ...     sorted(load(lora, f"{folder}/adapter.safetensors"))
         ['w_B', 'w_g', 'w_loc']
     """
+    check_choice("format", format, ("safetensors", "orbax"))
     _check_params(lora, {name: leaf.shape for name, leaf in params.items()}, "params")
     if format == "orbax":
         with _orbax() as (ocp, checkpointer):

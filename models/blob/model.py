@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.core import Tracer
 from numpyro.handlers import scale as scaled
 
+from probbp.checks import check_choice, check_count, check_number
 from probbp.models import lora as low_rank
 from probbp.models.blob.divergence import divergence, std
 from probbp.models.lora import Factors, Layout
@@ -174,11 +176,10 @@ def bayesian_lora(
         >>> jax.nn.softmax(logits).mean(0).argmax(-1).tolist()
         [0, 0, 1, 1]
     """
-    for name, value in (("alpha", alpha), ("prior_scale", prior_scale), ("init_std", init_std)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    check_number("alpha", alpha, "(0, inf)")
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    check_number("init_std", init_std, "(0, inf)")
+    rank = check_count("rank", rank)
     _check_noise(noise)
     layouts = low_rank.layouts(apply_fn, params, target, example, materialise=materialise)
     clash = [name for name in layouts if f"{name}_B" in layouts]
@@ -201,6 +202,8 @@ def bayesian_lora(
 
     def model(base, *inputs, y=None, num_data=None, kl_weight=1.0, noise=noise):
         _check_noise(noise)
+        if num_data is not None:
+            check_number("num_data", num_data, "(0, inf)")
         batch = _batch_size(inputs)
         factors, axes = {}, {}
         for name, layout in layouts.items():
@@ -275,8 +278,7 @@ def kl(lora: BayesianLora, params: Mapping[str, jax.Array]) -> dict[str, jax.Arr
 
 
 def _check_noise(noise):
-    if noise not in ("flipout", "independent", "shared"):
-        raise ValueError(f"noise must be 'flipout', 'independent' or 'shared', got {noise!r}.")
+    check_choice("noise", noise, get_args(Noise))
 
 
 def _batch_size(inputs) -> int:
@@ -314,11 +316,9 @@ def _uniform(shape, dtype, low, high):
 
 def _sample(name, distribution, kl_weight):
     event = distribution.to_event(len(distribution.batch_shape))
-    if isinstance(kl_weight, float | int):
-        if kl_weight < 0:
-            raise ValueError(f"kl_weight must not be negative, got {kl_weight}.")
-        if kl_weight == 1:
-            return numpyro.sample(f"{name}_A", event)
+    check_number("kl_weight", kl_weight, "[0, inf)")
+    if not isinstance(kl_weight, Tracer) and kl_weight == 1:
+        return numpyro.sample(f"{name}_A", event)
     # A scale must be positive; this one leaves nothing of the divergence.
     with scaled(scale=jnp.maximum(kl_weight, jnp.finfo(jnp.float32).tiny)):
         return numpyro.sample(f"{name}_A", event)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.checks import check_count, check_number
 from probbp.models.blob.divergence import divergence
 
 
@@ -66,8 +67,10 @@ def alternating(
         >>> state = rule.init(params)
         >>> updates, state = rule.update(params, state, params)
     """
-    if cycle < 1:
-        raise ValueError(f"cycle must be at least 1, got {cycle}.")
+    cycle = check_count("cycle", cycle)
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    if not callable(kl_learning_rate):
+        check_number("kl_learning_rate", kl_learning_rate, "[0, inf)")
 
     def means(tree):
         return {name: leaf for name, leaf in tree.items() if not name.endswith("_g")}
@@ -117,4 +120,6 @@ def rescaled_cycle(num_data: int, batch_size: int, *, gamma: float = 8.0) -> int
         >>> rescaled_cycle(640, 4)
         316
     """
+    num_data, batch_size = check_count("num_data", num_data), check_count("batch_size", batch_size)
+    check_number("gamma", gamma, "(0, inf)")
     return max(1, int(100 * num_data ** (math.pi / gamma) / batch_size))

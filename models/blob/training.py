@@ -10,6 +10,7 @@ import jax
 import optax
 from numpyro.infer import SVI, TraceMeanField_ELBO
 
+from probbp.checks import check_choice
 from probbp.models.blob.model import BayesianLora
 from probbp.models.blob.rule import alternating
 
@@ -57,10 +58,9 @@ def svi(
         >>> bool(result.losses[-1] < result.losses[0])
         True
     """
+    check_choice("schedule", schedule, ("elbo", "blob"))
     if schedule == "elbo":
         return SVI(lora.model, lora.guide, optimiser, TraceMeanField_ELBO())
-    if schedule != "blob":
-        raise ValueError(f"schedule must be 'elbo' or 'blob', got {schedule!r}.")
     if cycle is None:
         raise ValueError(
             "schedule='blob' needs a cycle: the steps in an epoch, or rescaled_cycle(...)."

@@ -1,6 +1,5 @@
 """A folder of Hugging Face's to a function and its parameters."""
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from probbp.models.checkpoints import decoder, encoder
+from probbp.models.checkpoints.configuration import check_config, check_num_layers, read_config
 from probbp.models.checkpoints.files import read_tensors, tensor_files
 
 # The families, the heads of each, and the rotary positions with what each must be told.
@@ -95,7 +95,9 @@ def load(
     Raises:
         ImportError: without the package safetensors.
         FileNotFoundError: where config.json or the weights are not in the folder.
-        ValueError: for what is not supported, and for weights that do not fit the configuration.
+        TypeError: for sizes in config.json that are no integers.
+        ValueError: for what is not supported, an `architecture` of another family, and weights
+            that do not fit the configuration.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -119,8 +121,9 @@ def load(
             f"{folder} has no config.json. load takes a folder as `save_pretrained` or a download "
             "leaves it, not the name of a model on the hub."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     family, head = _architecture(config, architecture)
+    check_config(config, family)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
@@ -128,6 +131,7 @@ def load(
             "float32, float16 or bfloat16."
         )
     files = tensor_files(folder)
+    check_num_layers(config["num_hidden_layers"], files)
     body = {"Bert": "bert", "Roberta": "roberta", "XLMRoberta": "roberta"}.get(family, "model")
     # Saved without a head, the body is the whole, and names do not say its name.
     body = f"{body}." if any(name.startswith(f"{body}.") for name in files) else ""

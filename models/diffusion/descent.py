@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from probbp.checks import check_count
 from probbp.models.diffusion import files
 
 
@@ -68,8 +69,7 @@ def descend(
         ImportError: for a checkpoint without the package orbax-checkpoint.
         ValueError: for counts that are not positive, and another run's checkpoint.
     """
-    if num_steps < 1 or every < 1:
-        raise ValueError(f"num_steps and every must be positive, got {num_steps} and {every}.")
+    num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
 
     @partial(jax.jit, static_argnums=3, donate_argnums=0)
     def advance(state, begin, data, length):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
+from probbp.checks import check_count, check_number, check_numbers
 from probbp.ops.sdo import Schedule
 
 
@@ -24,7 +25,12 @@ def mixture(
     Returns:
         A `MixtureSameFamily`. See `mixture_denoiser` for an example.
     """
+    check_numbers("weights", weights, "[0, inf)")
+    check_numbers("means", means, "(-inf, inf)")
+    check_numbers("covariances", covariances, "(-inf, inf)")
     means = jnp.asarray(means, float)
+    if means.ndim != 2:
+        raise ValueError(f"means must be (components, d), got {means.shape}.")
     covariances = jnp.broadcast_to(jnp.asarray(covariances, float), (*means.shape, means.shape[1]))
     return dist.MixtureSameFamily(
         dist.Categorical(jnp.asarray(weights, float)), dist.MultivariateNormal(means, covariances)
@@ -51,6 +57,8 @@ def mixture_of(
         >>> mixture_of(x, labels, 2, ridge=0.1).component_distribution.loc[:, 0].tolist()
         [0.5, 6.0]
     """
+    num_classes = check_count("num_classes", num_classes)
+    check_number("ridge", ridge, "[0, inf)")
     member = jax.nn.one_hot(labels, num_classes, dtype=x.dtype)
     counts = member.sum(0)
     means = member.T @ x / counts[:, None]
@@ -129,6 +137,7 @@ def mixture_posterior(
         >>> seen.mixing_distribution.probs.round(2).tolist()
         [0.02, 0.98]
     """
+    check_number("scale", scale, "(0, inf)")
     gaussians = data.component_distribution
     covariances = gaussians.covariance_matrix
     cross = covariances @ matrix.T  # (k, d, outputs)

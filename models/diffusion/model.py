@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
+from probbp.checks import check_number
 from probbp.ops import sdo
 from probbp.ops.sdo import Subset
 
@@ -67,6 +68,7 @@ def prior(
         >>> bool(result.losses[-1] < result.losses[0])
         True
     """
+    check_number("eta", eta, "[0, 1]", "It is 0 for DDIM, 1 for DDPM.")
     shape, num_steps = tuple(shape), len(schedule.times)
 
     def normal(site, shape):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from probbp.checks import check_count
+
 
 class Denoiser(nnx.Module):
     """A residual multilayer perceptron, for signals and images of up to a few hundred numbers.
@@ -42,7 +44,10 @@ class Denoiser(nnx.Module):
             num_frequencies: of the sines and cosines that time enters by.
             rngs: keys of the weights.
         """
-        size = int(np.prod(shape))
+        size = int(np.prod([check_count("shape", n) for n in shape]))
+        width, num_blocks = check_count("width", width), check_count("num_blocks", num_blocks, 0)
+        num_conditions = check_count("num_conditions", num_conditions, 0)
+        num_frequencies = check_count("num_frequencies", num_frequencies)
         self.num_frequencies, self.num_conditions = num_frequencies, num_conditions
         self.of_time = nnx.Linear(2 * num_frequencies, width, rngs=rngs)
         self.of_condition = (

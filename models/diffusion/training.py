@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from probbp.checks import check_choice, check_count, check_number
 from probbp.models.diffusion.descent import descend
+from probbp.models.modules import check_module
 from probbp.ops import sdo
 
 
@@ -90,6 +92,12 @@ def train(
         >>> bool(trained.losses[-20:].mean() < trained.losses[:20].mean())
         True
     """
+    num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
+    batch_size = check_count("batch_size", batch_size)
+    check_choice("prediction", prediction, get_args(sdo.Prediction))
+    check_number("drop", drop, "[0, 1]")
+    check_number("decay", decay, "[0, 1)")
+    check_module("network", network)
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     if optimiser is None:
         rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, num_steps // 20 + 1, num_steps)
@@ -203,6 +211,10 @@ def tune(
         >>> tuned.losses.shape
         (2,)
     """
+    num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
+    batch_size = check_count("batch_size", batch_size)
+    check_choice("prediction", prediction, get_args(sdo.Prediction))
+    check_module("network", network)
     graph, params, rest = nnx.split(network, nnx.Param, ...)
     dtype = jnp.result_type(*jax.tree.leaves(params))
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_choice
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites, Observation
 
@@ -59,8 +60,7 @@ class Search(NamedTuple):
 
 def check_acceptance(acceptance: str) -> None:
     """Raise for an unknown way of acceptance."""
-    if acceptance not in get_args(Acceptance):
-        raise ValueError(f"acceptance must be one of {get_args(Acceptance)}, got {acceptance!r}.")
+    check_choice("acceptance", acceptance, get_args(Acceptance))
 
 
 def propose(

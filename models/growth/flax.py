@@ -22,7 +22,8 @@ def from_nnx(model: Any) -> tuple[Callable[..., Any], Any]:
         `apply(params, layer, *inputs) -> outputs`, and the parameters, a pytree.
 
     Raises:
-        ValueError: on the call, for a convolution with groups.
+        TypeError: for a module of Linen or Equinox.
+        ValueError: for a model without such layers; on the call, for a convolution with groups.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,6 +37,16 @@ def from_nnx(model: Any) -> tuple[Callable[..., Any], Any]:
     """
     from flax import nnx
 
+    from probbp.models.modules import check_module
+
+    by_hand = "call layer(name, x, kernel, bias) in a function of your own (growth.from_loss)."
+    check_module("model", model, "Write it with nnx.Linear and nnx.Conv, or " + by_hand)
+    kinds = (nnx.Linear, nnx.Conv)
+    if not any(isinstance(module, kinds) for _, module in nnx.iter_graph(model)):
+        raise ValueError(
+            "The model has no nnx.Linear and no nnx.Conv, so that nothing in it could grow: "
+            f"{by_hand}"
+        )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params, layer, *inputs):

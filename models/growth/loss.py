@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Acceptance, Search, check_acceptance, propose
 from probbp.models.growth.machine import Fit, Host
 from probbp.ops import dendrites as ops
@@ -77,6 +78,12 @@ def from_loss(
         ValueError: for an unknown acceptance or layer, and for too few rows.
     """
     check_acceptance(acceptance)
+    batch_size = check_count("batch_size", batch_size)
+    slots = None if slots is None else check_count("slots", slots)
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    check_number("level", level, "(0, 1)")
+    num_candidates = check_count("num_candidates", num_candidates)
+    num_steps = check_count("num_steps", num_steps, 0)
     _check_rows(train, validation, batch_size)
     search = Search(
         optax.adam(0.02) if search_optimiser is None else search_optimiser,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Proposal
 from probbp.ops.dendrites import Dendrites, num_params
 
@@ -173,10 +174,10 @@ def grow(
     """
     from probbp.models.growth import files  # which knows the state
 
-    counts = {"max_tries": max_tries, "patience": patience, "max_epochs": max_epochs}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be positive, got {count}.")
+    max_sets, max_tries = check_count("max_sets", max_sets, 0), check_count("max_tries", max_tries)
+    patience, max_epochs = check_count("patience", patience), check_count("max_epochs", max_epochs)
+    check_number("min_improvement", min_improvement, "[0, inf)")
+    every = None if every is None else check_count("every", every)
     if host.max_sets is not None and max_sets > host.max_sets:
         raise ValueError(
             f"max_sets is {max_sets}, and the host has {host.max_sets} slots. Give it more slots."

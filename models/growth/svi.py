@@ -17,6 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
 
+from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Proposal, Search, by_layer, said
 from probbp.models.growth.machine import Fit, Host
 from probbp.models.growth.weights import connected, masks_of, random_layer, sites_of
@@ -116,6 +117,12 @@ def from_svi(
         >>> Predictive(grown, posterior_samples=draws)(jax.random.key(4), x[:7])["y"].shape
         (5, 7)
     """
+    check_number("prior_scale", prior_scale, "(0, inf)")
+    epoch_steps = check_count("epoch_steps", epoch_steps)
+    num_particles = check_count("num_particles", num_particles)
+    num_draws = check_count("num_draws", num_draws)
+    num_candidates = check_count("num_candidates", num_candidates)
+    num_steps = check_count("num_steps", num_steps, 0)
     search = Search(
         optax.adam(0.02) if search_optimiser is None else search_optimiser,
         score,

@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
+from probbp.checks import check_number
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Dendrites
 from probbp.ops.dendrites.layer import Layer
@@ -40,6 +41,7 @@ def with_dendrites(
     Returns:
         `(*args, **kwargs)`, a model.
     """
+    check_number("prior_scale", prior_scale, "(0, inf)")
     sites, layer_fn = sites_of(masks_of(dendrites)), partial(ops.grown, activation=activation)
 
     def grown(*args, **kwargs):

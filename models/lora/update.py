@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import quax
 
+from probbp.checks import check_number
 from probbp.models.lora.adapted import adapt
 from probbp.models.lora.layout import Factors, Layout, name_of, named_leaves
 
@@ -82,6 +83,7 @@ def merge(
     Returns:
         A pytree like `params`.
     """
+    check_number("scale", scale, "(-inf, inf)")
 
     def replace(path, leaf):
         name = name_of(path)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from probbp.checks import check_choice
 from probbp.models.physics.cases import Case
 
 POINTS = np.linspace(0.0, 1.0, 32)
@@ -36,8 +37,7 @@ def beam(confounder: str = "springs") -> Case:
         >>> simulate(jax.random.key(0), beam("offset"), 3).x.shape
         (3, 32)
     """
-    if confounder not in ("springs", "offset", "bow"):
-        raise ValueError(f"confounder must be 'springs', 'offset' or 'bow', got {confounder!r}.")
+    check_choice("confounder", confounder, ("springs", "offset", "bow"))
 
     def response(factors):
         e, x_f = factors["E"], factors["x_F"]

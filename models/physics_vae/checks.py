@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probbp.checks import check_choice
+
 RESERVED = {
     "x",
     "c",
@@ -29,8 +31,7 @@ def check_options(priors, x, labels, reference, guide, known):
     """Raise for options that do not fit."""
     if x.ndim != 2 or not np.isfinite(x).all():
         raise ValueError(f"x must be finite and (records, outputs), got shape {x.shape}.")
-    if guide not in ("joint", "partitioned"):
-        raise ValueError(f"guide must be 'joint' or 'partitioned', got {guide!r}.")
+    check_choice("guide", guide, ("joint", "partitioned"))
     if not labels:
         raise ValueError("Give a domain, classes or both: the residual is a function of them.")
     if taken := sorted(priors.keys() & RESERVED):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from probbp.checks import check_count, check_numbers
+
 
 class Label(NamedTuple):
     """What is observed of the domain or the class, from `continuous`, `categorical` or your own.
@@ -39,6 +41,7 @@ def continuous(values: jax.typing.ArrayLike) -> Label:
     Raises:
         ValueError: for values that are not finite or of another shape.
     """
+    check_numbers("values", values, "(-inf, inf)", "Leave out the records without a value.")
     values = np.asarray(values)
     if values.ndim != 2 or not np.isfinite(values).all():
         raise ValueError(
@@ -70,8 +73,11 @@ def categorical(num_classes: int, probs: jax.typing.ArrayLike | None = None) -> 
         num_classes: how many.
         probs: their prior probabilities; uniform by default.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+    num_classes = check_count("num_classes", num_classes, 2)
+    if probs is not None:
+        check_numbers("probs", probs, "[0, 1]")
+        if np.shape(probs) != (num_classes,):
+            raise ValueError(f"probs must be ({num_classes},), got {np.shape(probs)}.")
     probs = jnp.full(num_classes, 1 / num_classes) if probs is None else jnp.asarray(probs)
     return Label(
         num_features=num_classes,

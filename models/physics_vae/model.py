@@ -11,6 +11,7 @@ from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.handlers import substitute
 
+from probbp.checks import check_count
 from probbp.models.physics_vae.checks import check_options, check_physics
 from probbp.models.physics_vae.coordinates import Latent, latents_of
 from probbp.models.physics_vae.decoder import model_of
@@ -168,6 +169,9 @@ def physics_vae(
         domains by Ganin et al., 2016; its labels and conditional priors are those of Ilse et al.,
         2020. The reference, `invariance` and `relative` are additions.
     """
+    domain_dim = check_count("domain_dim", domain_dim)
+    class_dim = check_count("class_dim", class_dim)
+    width = check_count("width", width, 2)
     x, known = np.asarray(x), None if known is None else np.asarray(known)
     labels = {"c": domain, "y": classes}
     labels = {name: label for name, label in labels.items() if label is not None}

@@ -2,8 +2,11 @@
 
 from contextlib import contextmanager
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
+from jax.core import Tracer
 
 
 def rows_of(labels, x, c, y, known, has_c, has_y, num_records):
@@ -32,7 +35,24 @@ def rows_of(labels, x, c, y, known, has_c, has_y, num_records):
             continue
         if jnp.shape(value) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {jnp.shape(value)}.")
+        _check_values(name, value, rows[f"has_{name}"], marginal.support)
     return num, rows
+
+
+def _check_values(name, value, has, support):
+    """Require values that the label can have, where there are any, unless they are traced."""
+    if isinstance(value, Tracer) or isinstance(has, Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # a constant is one where the rest is traced
+        is_wrong = ~np.asarray(support(jnp.asarray(value)))
+    if has is not None:
+        is_wrong &= np.asarray(has, bool)
+    if np.any(is_wrong):
+        raise ValueError(
+            f"{name} has {np.asarray(value)[is_wrong][0]} in record {int(np.argmax(is_wrong))}, "
+            f"which is no value of this label. Where it is missing, pass has_{name}, (records,), "
+            f"false there, and any valid value in {name}."
+        )
 
 
 @contextmanager

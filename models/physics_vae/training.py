@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from numpyro.infer import SVI, Trace_ELBO
 
+from probbp.checks import check_count, check_number
 from probbp.models.physics_vae.model import PhysicsVAE
 
 Schedule = Callable[[Any], Any]
@@ -53,8 +55,12 @@ def svi(
         >>> float(schedule(0)), round(256 * float(schedule(1000)), 3)
         (0.0, 1.0)
     """
-    is_number = isinstance(strength, float | int)
-    if is_number and not relative and strength > 1 / vae.num_outputs:
+    if not callable(strength):
+        check_number("strength", strength, "(-inf, inf)")
+    if invariance is not None and not callable(invariance):
+        check_number("invariance", invariance, "(-inf, inf)")
+    is_known = not isinstance(strength, Tracer)
+    if not callable(strength) and is_known and not relative and strength > 1 / vae.num_outputs:
         warnings.warn(
             f"strength={strength} is {strength * vae.num_outputs:.3g} / outputs. The reversed "
             "gradient sums over outputs: above 1 / outputs it overpowers the labels' and the fit "
@@ -84,6 +90,9 @@ def dann_schedule(peak: float, num_steps: int, *, sharpness: float = 10.0) -> Sc
         >>> [round(float(schedule(step)), 2) for step in (0, 10, 100)]
         [0.0, 0.92, 2.0]
     """
+    check_number("peak", peak, "(-inf, inf)")
+    num_steps = check_count("num_steps", num_steps)
+    check_number("sharpness", sharpness, "(0, inf)")
 
     def schedule(step):
         p = jnp.minimum(step / num_steps, 1.0)
@@ -108,6 +117,9 @@ def cyclical_schedule(peak: float, period: int, *, ramp: float = 0.5) -> Schedul
         >>> [round(float(schedule(step)), 2) for step in (0, 25, 75, 100)]
         [0.0, 0.5, 1.0, 0.0]
     """
+    check_number("peak", peak, "(-inf, inf)")
+    period = check_count("period", period)
+    check_number("ramp", ramp, "(0, 1]")
     return lambda step: peak * jnp.minimum((step % period) / (ramp * period), 1.0)
 
 

@@ -6,7 +6,7 @@ first, `probs.mean(axis=0)`. Everything but the picture works under `jit` and `v
 go unchecked.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from scipy import stats
+
+from probbp.checks import check_choice, check_count
 
 Bins = Literal["width", "mass"]
 
@@ -251,18 +253,16 @@ def _binned(
     confidence: jax.Array, hit: jax.Array, num_bins: int, bins: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return each bin's number of rows, of hits, and sum of confidences."""
-    if num_bins < 1 or num_bins != int(num_bins):
-        raise ValueError(f"num_bins must be a positive integer, got {num_bins}.")
+    num_bins = check_count("num_bins", num_bins)
+    check_choice("bins", bins, get_args(Bins))
     if bins == "width":
         edges = jnp.arange(1, num_bins, dtype=confidence.dtype) / num_bins
         index = jnp.searchsorted(edges, confidence, side="left")
-    elif bins == "mass":
+    else:
         order = jnp.argsort(confidence, stable=True)
         confidence, hit = confidence[order], hit[order]
         starts = np.array([k * confidence.size // num_bins for k in range(1, num_bins)], int)
         index = jnp.searchsorted(starts, jnp.arange(confidence.size), side="right")
-    else:
-        raise ValueError(f"Unknown bins={bins!r}: choose 'width' or 'mass'.")
     rows = jnp.stack([jnp.ones_like(confidence), hit.astype(confidence.dtype), confidence])
     count, hits, total = jax.vmap(lambda x: jax.ops.segment_sum(x, index, num_bins))(rows)
     return count, hits, total
@@ -300,6 +300,11 @@ def _check_shapes(probs: tuple[int, ...], labels: tuple[int, ...]) -> None:
         raise ValueError(
             "probs has one column: pass the probability of class 1 as a vector (`probs[:, 0]`)."
         )
+    if labels == (*probs[:1], 1):
+        raise ValueError(
+            f"labels has shape {labels}, but needs one class index per row, {probs[:1]}: take the "
+            "column (`labels[:, 0]`)."
+        )
     if labels != probs[:1]:
         raise ValueError(
             f"labels has shape {labels}, but needs one class index per row, "
@@ -308,6 +313,12 @@ def _check_shapes(probs: tuple[int, ...], labels: tuple[int, ...]) -> None:
 
 
 def _check_probs(probs: np.ndarray, tolerance: float) -> None:
+    if np.any(np.isnan(probs)):
+        row = int(np.argmax(np.isnan(probs).reshape(len(probs), -1).any(axis=1)))
+        raise ValueError(
+            f"probs has NaN, first in row {row}: look for an overflow where they are computed, "
+            "such as exp(logits) without jax.nn.softmax, or leave such rows out."
+        )
     if not np.all((probs >= -tolerance) & (probs <= 1 + tolerance)):
         raise ValueError(
             f"probs lies between {probs.min():.4g} and {probs.max():.4g}, outside [0, 1]: "

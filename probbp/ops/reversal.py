@@ -6,6 +6,7 @@ Ganin et al., 2016, arXiv:1505.07818.
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_number
 from probbp.ops.substitute import substitute
 from probbp.types import Tree
 
@@ -36,9 +37,8 @@ def gradient_reversal(x: Tree, strength: float | jax.Array = 1.0) -> Tree:
     Reference:
         Ganin et al., 2016, arXiv:1505.07818, section 4.2.
     """
+    check_number("strength", strength, "(-inf, inf)")
     strength = jax.lax.stop_gradient(jnp.asarray(strength))
-    if strength.ndim:
-        raise ValueError(f"strength must be a scalar, got shape {strength.shape}.")
 
     def surrogate(leaf):
         leaf = jnp.asarray(leaf)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.checks import check_count, check_number
 from probbp.types import Tree
 
 
@@ -49,6 +50,10 @@ def alignment_budget(
         >>> round(float(alignment_budget(0.01, 0.5, num_steps=2_000, width=100)), 3)
         1.0
     """
+    num_steps, width = check_count("num_steps", num_steps), check_count("width", width)
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        if not callable(value):
+            check_number(name, value, "[0, inf)")
     steps = jnp.arange(num_steps)
 
     def over_time(value: Any) -> Any:
@@ -88,11 +93,10 @@ def decay_until_aligned(
         (0.5, 0.0)
         >>> optimiser = optax.chain(optax.add_decayed_weights(schedule), optax.sgd(0.01))
     """
-    if budget < 0 or not (learning_rate > 0 and weight_decay > 0):
-        raise ValueError(
-            f"budget must not be negative, and learning_rate and weight_decay must be positive; "
-            f"got {budget}, {learning_rate} and {weight_decay}. No decay is budget=0."
-        )
+    check_number("budget", budget, "[0, inf)", "No decay is budget=0.")
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_number("weight_decay", weight_decay, "(0, inf)", "No decay is budget=0.")
+    width = check_count("width", width)
     # A hair less, so that a budget that is a whole number of steps is not one step more.
     num_steps = math.ceil(budget * width**0.5 / (learning_rate * weight_decay) - 1e-6)
     constants = [optax.constant_schedule(weight_decay), optax.constant_schedule(0.0)]

@@ -10,6 +10,8 @@ Gaussian noise and dendrites of the output layer, and Laplace's approximation el
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_numbers
+
 
 def log_evidence_gain(
     gradient: jax.Array, curvature: jax.Array, prior_scale: float | jax.Array
@@ -33,6 +35,7 @@ def log_evidence_gain(
         >>> [round(float(gain), 2) for gain in gains]
         [3.35, -1.15]
     """
+    _check_prior(prior_scale)
     precision = curvature + 1 / jnp.square(prior_scale)
     return gradient**2 / (2 * precision) - jnp.log1p(curvature * jnp.square(prior_scale)) / 2
 
@@ -55,6 +58,7 @@ def joint_log_evidence_gain(
         >>> round(float(joint_log_evidence_gain(jnp.array([10.0, 10.0]), alike, 1.0)), 2)
         3.24
     """
+    _check_prior(prior_scale)
     identity = jnp.eye(len(gradient), dtype=curvature.dtype)
     root = jnp.linalg.cholesky(identity + jnp.square(prior_scale) * curvature)
     white = jax.scipy.linalg.solve_triangular(root, prior_scale * gradient, lower=True)
@@ -85,6 +89,7 @@ def greedy(
         >>> mask.tolist()
         [True, False, False]
     """
+    _check_prior(prior_scale)
 
     def step(carry, _):
         gradient, curvature, mask, gains = carry
@@ -152,6 +157,7 @@ def laplace(
         >>> float(loc[0]), float(scale[0])
         (2.5, 0.5)
     """
+    _check_prior(prior_scale)
     precision = curvature + 1 / jnp.square(prior_scale)
     return gradient / precision, jax.lax.rsqrt(precision)
 
@@ -184,6 +190,12 @@ def elbo_change(
         >>> round(float(change[0]), 3)
         -0.693
     """
+    _check_prior(prior_scale)
+    check_numbers("scale", scale, "(0, inf)")
     variance, prior = scale**2, jnp.square(prior_scale)
     divergence = (variance + loc**2) / (2 * prior) - 0.5 - jnp.log(scale) + jnp.log(prior) / 2
     return gradient * loc - curvature * (loc**2 + variance) / 2 - divergence
+
+
+def _check_prior(prior_scale):
+    check_numbers("prior_scale", prior_scale, "(0, inf)")

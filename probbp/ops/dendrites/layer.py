@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count
+
 Activation = Callable[[jax.Array], jax.Array]
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 Layer = Callable[..., jax.Array]
@@ -63,9 +65,10 @@ def empty(kernel: jax.Array, slots: int = 0) -> Dendrites:
         >>> empty(jnp.ones((3, 2)), slots=4).weight.shape
         (4, 2)
     """
-    if kernel.ndim < 2:
+    slots = check_count("slots", slots, 0)
+    if jnp.ndim(kernel) < 2:
         raise ValueError(
-            f"A layer's kernel has inputs and, last, neurons; got shape {kernel.shape}."
+            f"A layer's kernel has inputs and, last, neurons; got shape {jnp.shape(kernel)}."
         )
     n, dtype = kernel.shape[-1], kernel.dtype
     return Dendrites(
@@ -125,6 +128,7 @@ def grow(
         new = Dendrites(candidate.kernel, candidate.bias, row, weight, mask)
         old = dendrites._replace(cascade=wider)
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), old, new)
+    slot = check_count("slot", slot, -slots, slots - 1, "slot=None makes a new one.")
     new = Dendrites(*candidate, weight, mask)
     return jax.tree.map(lambda a, b: a.at[slot].set(b), dendrites, new)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
 from probbp.ops.dendrites.layer import Activation, Candidate, Dendrites, outputs
 from probbp.ops.dendrites.probes import Observation
 from probbp.ops.dendrites.regression import regression
@@ -149,6 +150,9 @@ def search(
         >>> found.candidate.kernel.shape
         (2, 1)
     """
+    num_candidates = check_count("num_candidates", num_candidates)
+    num_steps = check_count("num_steps", num_steps, 0)
+    check_number("init_scale", init_scale, "(0, inf)")
     mean = train.inputs.mean(0)
     # No row is further than 5 from the mean, so that inputs that hardly vary are not blown up.
     scale = jnp.maximum(train.inputs.std(0), jnp.abs(train.inputs - mean).max(0) / 5)

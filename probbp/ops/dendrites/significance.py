@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_number, check_numbers
 from probbp.ops.dendrites.regression import regression
 from probbp.ops.dendrites.scores import contributions
 
@@ -89,6 +90,8 @@ def false_discovery(p_values: jax.Array, level: float = 0.05) -> jax.Array:
     Reference:
         Benjamini & Hochberg, 1995.
     """
+    check_number("level", level, "(0, 1)")
+    check_numbers("p_values", p_values, "[0, 1]")
     n = p_values.size
     ordered = jnp.sort(p_values)
     passes = ordered <= level * jnp.arange(1, n + 1) / n

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_choice, check_numbers
 from probbp.ops.substitute import substitute
 from probbp.types import Tree
 
@@ -65,8 +66,9 @@ def lif(
         >>> spikes.tolist()
         [0.0, 1.0]
     """
-    if reset not in ("soft", "hard"):
-        raise ValueError(f"reset must be 'soft' or 'hard', got {reset!r}.")
+    check_choice("reset", reset, ("soft", "hard"))
+    check_numbers("leak", leak, "[0, 1]", "It is the share of the potential that a step keeps.")
+    check_numbers("threshold", threshold, "(0, inf)")
 
     def step(params: Any, state, current):
         potential = params["leak"] * state + current

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_choice, check_count
 from probbp.ops.rate.inputs import Inputs
 from probbp.ops.rate.neurons import Neuron, lif
 from probbp.ops.rate.runs import STEPS, Layerwise, Rates, Shapes, Stepwise, Trace
@@ -84,7 +85,7 @@ def simulate(
         Yu et al., 2024, arXiv:2410.11488, section 4. Gains as directional derivatives, which serve
         any neuron and its parameters, are ours.
     """
-    _check(num_steps, gradient, order, checkpoint)
+    num_steps = _check(num_steps, gradient, order, checkpoint)
     neuron = lif() if neuron is None else neuron
     through_time = gradient == "bptt"
     plan, like = _plan(network, inputs, neuron)
@@ -122,7 +123,7 @@ def spike_trains(
         >>> trains[0][:, 0].tolist()
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     """
-    _check(num_steps, "rate", "time", False)
+    num_steps = _check(num_steps, "rate", "time", False)
     neuron = lif() if neuron is None else neuron
     plan, _ = _plan(network, inputs, neuron)
 
@@ -216,14 +217,12 @@ def _mean_input(inputs, num_steps, mean):
 
 
 def _check(num_steps, gradient, order, checkpoint):
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}.")
-    if gradient not in ("rate", "bptt"):
-        raise ValueError(f"gradient must be 'rate' or 'bptt', got {gradient!r}.")
-    if order not in ("time", "layer"):
-        raise ValueError(f"order must be 'time' or 'layer', got {order!r}.")
+    num_steps = check_count("num_steps", num_steps)
+    check_choice("gradient", gradient, ("rate", "bptt"))
+    check_choice("order", order, ("time", "layer"))
     if checkpoint and (gradient, order) != ("bptt", "time"):
         raise ValueError(
             "checkpoint=True is for gradient='bptt' with order='time': by rates nothing is stored "
             "that it could save, and layer by layer the states are not in one loop."
         )
+    return num_steps

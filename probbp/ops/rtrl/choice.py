@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from probbp.checks import check_count
+
 
 def recommended(
     num_states: int, num_params: int, length: int
@@ -34,6 +36,9 @@ def recommended(
         >>> recommended(num_states=64, num_params=8_192, length=1_000)
         'lax.scan'
     """
+    num_states = check_count("num_states", num_states)
+    num_params = check_count("num_params", num_params, 0)
+    length = check_count("length", length, 0)
     if num_params <= 4:
         return "rtrl.scan"
     if 80 * num_states * length < 100e6:

@@ -9,6 +9,7 @@ from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count
 from probbp.ops.forward_only import forward_only
 from probbp.types import Tree
 
@@ -76,6 +77,11 @@ def scan(
         Bird & Polivoda, 2021, arXiv:2103.15589 (discrete forward sensitivities, several loops).
     """
     init, xs = jax.tree.map(jnp.asarray, (init, xs))
+    if length is not None:
+        length = check_count("length", length, 0)
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
+    _check_lengths(xs, length)
     converted, consts = closure_converted(f, init, slice_of(xs))
 
     def plain(consts, init, xs):
@@ -118,6 +124,18 @@ def scan(
     run = jax.custom_jvp(plain)
     run.defjvp(plain_jvp, symbolic_zeros=True)
     return run(consts, init, xs)
+
+
+def _check_lengths(xs: Tree, length: int | None) -> None:
+    """Require leaves with as many steps as there are."""
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
+    if not lengths and length is None:
+        raise ValueError("rtrl.scan takes as many steps as xs has, or length of them: pass one.")
+    if () in lengths or len(lengths | ({(length,)} if length is not None else set())) > 1:
+        raise ValueError(
+            f"rtrl.scan takes the steps along the first axis of every leaf of xs, as many in each "
+            f"and as length says; found leading axes {sorted(lengths)} and length={length}."
+        )
 
 
 def closure_converted(f: Callable, *examples: Tree) -> tuple[Callable, list[jax.Array]]:

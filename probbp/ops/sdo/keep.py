@@ -1,6 +1,8 @@
 """Which steps' networks are differentiated: the choices that `sample` takes, and their checks."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from probbp.checks import check_choice, check_count, check_number
 
 Name = Literal["first", "random", "each", "all"]
 
@@ -49,20 +51,17 @@ def live_steps(keep: Keep, num_steps: int) -> tuple[int, int] | None:
     Raises:
         ValueError: for a choice that does not exist or does not fit the number of steps.
     """
-    if keep == "first":
-        return 0, 1
-    if keep == "all":
-        return 0, num_steps
-    if isinstance(keep, Last) and 1 <= keep.num_steps <= num_steps:
-        return num_steps - keep.num_steps, num_steps
-    if isinstance(keep, int) and not isinstance(keep, bool) and -num_steps <= keep < num_steps:
-        return keep % num_steps, keep % num_steps + 1
-    if isinstance(keep, Subset) and 0 < keep.probability <= 1:
+    if isinstance(keep, Last):
+        num_last = check_count("Last's num_steps", keep.num_steps, 1, num_steps)
+        return num_steps - num_last, num_steps
+    if isinstance(keep, Subset):
+        check_number("Subset's probability", keep.probability, "(0, 1]")
         return None
-    if keep in ("random", "each"):
-        return None
-    raise ValueError(
-        f"keep_step is 'first', 'random', 'each', 'all', the number of one of the {num_steps} "
-        f"steps, Last(num_steps) with 1 to {num_steps}, or Subset(probability) in (0, 1]; got "
-        f"{keep!r}."
-    )
+    if isinstance(keep, str):
+        check_choice("keep_step", keep, get_args(Name), _OTHERS)
+        return {"first": (0, 1), "all": (0, num_steps)}.get(keep)
+    step = check_count("keep_step", keep, -num_steps, num_steps - 1, f"Or a name. {_OTHERS}")
+    return step % num_steps, step % num_steps + 1
+
+
+_OTHERS = "Or the number of a step, Last(num_steps), or Subset(probability)."

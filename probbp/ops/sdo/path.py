@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from probbp.checks import check_numbers
 from probbp.ops.sdo.schedule import Prediction, Schedule, Steps
 
 
@@ -34,31 +36,51 @@ def gaussian_path(covariance: jax.typing.ArrayLike) -> GaussianPath:
     noise has the derivative :math:`G = \sqrt{1-\bar\alpha} / (\bar\alpha c + 1 - \bar\alpha)` in
     that direction. The data's mean does not enter a derivative.
 
-    For Gaussian data the path is the exact derivative of the sampler. For others it has about the
-    right length, where the paper's path, :math:`c \to \infty`, is too long by what the steps
-    multiply, :math:`1 / \sqrt{\bar\alpha_T}`: 157 for `linear` from pure noise. The path of c = 1,
-    `gaussian_path(1.0)`, is what detaching v instead of the noise would do.
+    For Gaussian data and their best denoiser the path is the exact derivative of the sampler. For
+    others it has about the right length, on the condition that the network denoises about as well
+    as the best one for data of this covariance. A network that was trained little, or on other
+    data, leaves more of the noise, and the path is then too short, ten times and more: compare it
+    with `keep_step="all"` on a few samples. The paper's path, :math:`c \to \infty`, is too long by
+    what the steps multiply, :math:`1 / \sqrt{\bar\alpha_T}`: 157 for `linear` from pure noise. The
+    path of c = 1, `gaussian_path(1.0)`, is what detaching v instead of the noise would do.
 
     Args:
         covariance: of the data: a variance for all directions, (d,) variances, or (d, d). d counts
             the numbers of a sample, flattened. The covariance of the training data serves.
 
     Raises:
-        ValueError: for other shapes.
+        ValueError: for other shapes, numbers that are not finite, and what is no covariance.
 
     Example:
         >>> gaussian_path(jnp.diag(jnp.array([4.0, 1.0]))).variances.tolist()
         [1.0, 4.0]
     """
+    check_numbers("covariance", covariance, "(-inf, inf)")
     covariance = jnp.asarray(covariance, float)
     if covariance.ndim < 2:
+        check_numbers("covariance", covariance, "[0, inf)", "It is a variance for each dimension.")
         return GaussianPath(jnp.atleast_1d(covariance), None)
     if covariance.ndim > 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(
             f"covariance must be a number, (d,) or (d, d), got {covariance.shape}: flatten samples."
         )
     variances, basis = jnp.linalg.eigh(covariance)
+    _check_covariance(covariance, variances)
     return GaussianPath(jnp.maximum(variances, 0.0), basis)
+
+
+def _check_covariance(covariance, variances):
+    """Require a symmetric matrix without negative eigenvalues, but for rounding."""
+    if isinstance(variances, Tracer):
+        return
+    tolerance = 1e-4 * float(jnp.max(jnp.abs(covariance)))
+    if float(jnp.max(jnp.abs(covariance - covariance.T))) > tolerance:
+        raise ValueError("covariance must be symmetric: take (C + C.T) / 2.")
+    if float(variances[0]) < -tolerance:
+        raise ValueError(
+            f"covariance must have no negative eigenvalue, got {float(variances[0]):.3g}: add a "
+            "multiple of the identity, or estimate it from more samples than dimensions."
+        )
 
 
 class Walk(NamedTuple):

@@ -1,5 +1,6 @@
 """The sampler: DDIM's or DDPM's value, and a derivative through the steps that are kept."""
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -56,8 +57,9 @@ def sample(
     one or two orders of magnitude too long, since A is 157 for `linear` and predicted noise. Then
     go in steps of unit length (`optax.normalize_by_update_norm`, Adam; in a sampler
     `probbp.estimators.through` that), or take `surrogate=gaussian_path(covariance)`, which has
-    about the right length and direction at the same cost. With `prediction="v"` the default path is
-    short (A <= 1), as that of `gaussian_path(1.0)` is for either prediction.
+    about the right length and direction at the same cost, if the network is a good denoiser. With
+    `prediction="v"` the default path is short (A <= 1), as that of `gaussian_path(1.0)` is for
+    either prediction.
 
     **In a log density** its value stays exact, and Metropolis steps (`probbp.mala`, NumPyro's HMC)
     leave it invariant whatever is kept; in HMC "random" and `Subset` need one key for a whole
@@ -121,6 +123,7 @@ def sample(
     noise = jnp.asarray(noise)
     num_steps = len(schedule.times)
     live = live_steps(keep_step, num_steps)
+    _check_denoiser(denoiser, controls is not None)
     _check(noise, num_steps, eta, step_noise, controls)
     if (keep_step == "random" or isinstance(keep_step, Subset)) and rng_key is None:
         raise ValueError(f"keep_step={keep_step!r} draws steps, and needs an rng_key.")
@@ -133,10 +136,10 @@ def sample(
 
     def network(x, t, control):
         output = denoiser(x, t) if controls is None else denoiser(x, t, control)
-        if (output.shape, output.dtype) != (x.shape, x.dtype):
+        if not hasattr(output, "dtype") or (output.shape, output.dtype) != (x.shape, x.dtype):
+            found = f"{output.shape} {output.dtype}" if hasattr(output, "dtype") else type(output)
             raise ValueError(
-                f"denoiser must return an array like x, {x.shape} {x.dtype}, got {output.shape} "
-                f"{output.dtype}."
+                f"denoiser must return an array like x, {x.shape} {x.dtype}, got {found}."
             )
         return output
 
@@ -159,6 +162,25 @@ def sample(
     if isinstance(keep_step, Subset):
         return subset(rng_key, sampler, noise, keep_step.probability)
     return one_each(rng_key, sampler, noise)
+
+
+def _check_denoiser(denoiser, has_controls):
+    """Require a function of two arguments, or of three with controls."""
+    arguments = ("x", "t", "control") if has_controls else ("x", "t")
+    wanted = f"denoiser must be a function of {' and '.join(arguments)}"
+    if not callable(denoiser):
+        raise TypeError(f"{wanted}, got {type(denoiser).__name__}.")
+    try:
+        signature = inspect.signature(denoiser)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"{wanted}, got one of {signature}. Bind what else it takes (functools.partial), and "
+            "pass what differs from step to step as controls."
+        ) from None
 
 
 def _check(noise, num_steps, eta, step_noise, controls):

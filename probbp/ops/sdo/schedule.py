@@ -9,6 +9,8 @@ from itertools import accumulate
 from operator import mul
 from typing import Literal, NamedTuple, get_args
 
+from probbp.checks import check_choice, check_count, check_number
+
 Prediction = Literal["eps", "v"]
 """What a denoiser predicts: the noise, or v, its mixture with the sample."""
 
@@ -65,8 +67,11 @@ def linear(
         Ho et al., 2020, arXiv:2006.11239. The choice of times, from the last step of training down
         in equal strides, is that of Lin et al., 2023, arXiv:2305.08891, table 2.
     """
-    if not 0 < first_beta <= last_beta < 1:
-        raise ValueError(f"0 < first_beta <= last_beta < 1, got {first_beta} and {last_beta}.")
+    num_train_steps = check_count("num_train_steps", num_train_steps)
+    check_number("first_beta", first_beta, "(0, 1)")
+    check_number("last_beta", last_beta, "(0, 1)")
+    if first_beta > last_beta:
+        raise ValueError(f"first_beta <= last_beta, got {first_beta} and {last_beta}: swap them.")
     stride = (last_beta - first_beta) / max(num_train_steps - 1, 1)
     return _spaced([first_beta + stride * t for t in range(num_train_steps)], num_steps, start)
 
@@ -91,6 +96,8 @@ def cosine(
     Reference:
         Nichol & Dhariwal, 2021, arXiv:2102.09672, equation 17; variances are at most 0.999.
     """
+    num_train_steps = check_count("num_train_steps", num_train_steps)
+    check_number("offset", offset, "[0, inf)")
 
     def level(t):
         return math.cos((t / num_train_steps + offset) / (1 + offset) * math.pi / 2) ** 2
@@ -116,10 +123,8 @@ def steps_of(schedule: Schedule, prediction: Prediction, eta: float) -> Steps:
         Song et al., 2021, arXiv:2010.02502, equations 12 and 16; Salimans & Ho, 2022,
         arXiv:2202.00512, for v.
     """
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be 'eps' or 'v', got {prediction!r}.")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is between 0 (DDIM) and 1 (DDPM), got {eta}.")
+    check_choice("prediction", prediction, get_args(Prediction))
+    check_number("eta", eta, "[0, 1]", "It is 0 for DDIM, 1 for DDPM.")
     if prediction == "eps" and schedule.signal[0] <= 0:
         raise ValueError(
             "No signal is left at the first step, so that its data can't be told from predicted "
@@ -143,7 +148,8 @@ def _step(now: float, then: float, prediction: Prediction, eta: float):
 
 def _spaced(betas: Sequence[float], num_steps: int, start: int | None) -> Schedule:
     num_train_steps = len(betas)
-    start = num_train_steps - 1 if start is None else start
+    num_steps = check_count("num_steps", num_steps)
+    start = num_train_steps - 1 if start is None else check_count("start", start, 0)
     if not 1 <= num_steps <= start + 1 <= num_train_steps:
         raise ValueError(
             f"1 <= num_steps <= start + 1 <= num_train_steps, got {num_steps}, {start} and "

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_choice, check_count, check_number
 from probbp.ops.sus.forward import RULES, Options, Sampling, Seen, forward
 from probbp.ops.sus.sparse import sparse
 
@@ -132,17 +133,16 @@ def dot_product_attention(
     _check_shapes(query, key, value, bias, mask, lengths)
     batch, time, heads, width = query.shape
     num_keys, key_heads = key.shape[1:3]
-    if sampling not in RULES:
-        raise ValueError(f"sampling must be one of {', '.join(RULES)}, got {sampling!r}.")
+    check_choice("sampling", sampling, tuple(RULES))
     keep = math.inf if keep is None else _number("keep", keep)
-    if not keep > 0:
-        raise ValueError(f"keep must be above zero, got {keep}. keep=None keeps all weights.")
-    if isinstance(local_window_size, int):
-        local_window_size = (local_window_size, local_window_size)
+    check_number("keep", keep, "(0, inf]", "keep=None keeps all weights.")
+    window = None if local_window_size is None else _window(local_window_size)
+    factor: float = width**-0.5 if scale is None else _number("scale", scale)
+    check_number("scale", factor, "(-inf, inf)")
     options = Options(
-        scale=width**-0.5 if scale is None else _number("scale", scale),
+        scale=factor,
         is_causal=is_causal,
-        window=local_window_size,
+        window=window,
         keep=keep,
         sampling=sampling,
     )
@@ -178,11 +178,21 @@ def _four_axes(name, x):
 def _number(name, x):
     try:
         return float(x)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name} must be a number, known when the program is traced, got {x}. A scale that is "
             "learnt belongs on the query."
         ) from None
+
+
+def _window(size):
+    """Return how far a query sees back and ahead."""
+    both = size if isinstance(size, tuple) else (size, size)
+    way_out = "One integer is for both sides, None for no window."
+    if len(both) != 2:
+        raise ValueError(f"local_window_size must be (back, ahead), got {size}. {way_out}")
+    back, ahead = (check_count("local_window_size", n, 0, way_out=way_out) for n in both)
+    return back, ahead
 
 
 def _check_shapes(query, key, value, bias, mask, lengths):

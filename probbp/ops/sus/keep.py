@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
 from probbp.types import Tree
 
 
@@ -60,6 +61,11 @@ def suggested_keep(
     Reference:
         Pankov & Harik, 2025, arXiv:2505.15080, compare the two variances; the rule is ours.
     """
+    num_draws = check_count("num_draws", num_draws)
+    check_number("tolerance", tolerance, "(0, inf)")
+    keeps = list(keeps)
+    for keep in keeps:
+        check_number("keeps", keep, "(0, inf)")
     num_examples = jax.tree.leaves(batch)[0].shape[0]
     if num_examples < 2:
         raise ValueError(f"The variance between examples takes two of them, got {num_examples}.")

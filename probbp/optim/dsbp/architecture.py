@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number, check_numbers
+
 
 class Allocation(NamedTuple):
     """Ranks under a budget.
@@ -97,8 +99,7 @@ def energy_rank(variances: jax.Array, share: float = 0.99) -> jax.Array:
         >>> int(energy_rank(jnp.array([1.0, 90.0, 9.0]), share=0.95))
         2
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1]; got {share}.")
+    check_number("share", share, "(0, 1]")
     rising = jnp.sort(variances, axis=-1)
     left_out = jnp.cumsum(rising, axis=-1)
     size = variances.shape[-1]
@@ -152,8 +153,7 @@ def marchenko_pastur_median(ratio: float) -> float:
         >>> round(marchenko_pastur_median(1.0), 4)
         0.6528
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio is the shorter side over the longer, in (0, 1]; got {ratio}.")
+    check_number("ratio", ratio, "(0, 1]", "It is the shorter side over the longer.")
     rho = math.sqrt(ratio)
 
     def distribution(theta):
@@ -235,8 +235,11 @@ def allocate(
             f"One spectrum, one shape and one use for each layer; got {len(spectra)}, "
             f"{len(shapes)} and {len(uses)}."
         )
-    if budget < 0:
-        raise ValueError(f"budget must not be negative; got {budget}.")
+    check_number("budget", budget, "[0, inf]")
+    for use in uses:
+        check_number("uses", use, "(0, inf)")
+    for spectrum in spectra:
+        check_numbers("spectra", spectrum, "[0, inf)", "Singular values enter squared.")
     steps = []
     for layer, (spectrum, shape, use) in enumerate(zip(spectra, shapes, uses, strict=True)):
         _check_complete(spectrum, shape)
@@ -301,11 +304,8 @@ def select_units(
     """
     size = activations.shape[-1]
     rows = activations.reshape(-1, size)
-    if not 0 < num_units <= min(rows.shape):
-        raise ValueError(
-            f"num_units must be between 1 and {min(rows.shape)}, for {len(rows)} examples of "
-            f"{size} units; got {num_units}."
-        )
+    way_out = f"There are {len(rows)} examples of {size} units."
+    num_units = check_count("num_units", num_units, 1, min(rows.shape), way_out)
     if kernel is not None and (kernel.ndim != 2 or len(kernel) != size):
         raise ValueError(f"kernel is (in, out), and its inputs are {size}; got {kernel.shape}.")
     mean = jnp.mean(rows, axis=0)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
+
 # Angles and distances to the dtype's precision: accelerators round products unless told.
 _matmul = partial(jnp.matmul, precision="highest")
 
@@ -62,11 +64,8 @@ def reference(activations: jax.Array, rank: int) -> Reference:
         ([0.0, 1.0, 0.0], 1.0)
     """
     size = activations.shape[-1]
-    if not 0 <= rank < size:
-        raise ValueError(
-            f"rank must be at least 0 and less than the {size} units, so that some are left for "
-            f"the noise; got {rank}."
-        )
+    way_out = f"Of the {size} units some are left for the noise."
+    rank = check_count("rank", rank, 0, size - 1, way_out)
     rows = activations.reshape(-1, size)
     mean = jnp.mean(rows, axis=0)
     centred = rows - mean
@@ -112,11 +111,7 @@ def follow(seen: Reference, activations: jax.Array, decay: jax.Array | float = 0
         >>> jnp.abs(now.basis[:, 0]).round(1).tolist()
         [1.0, 0.0, 0.0]
     """
-    if isinstance(decay, float | int) and not 0 < decay < 1:
-        raise ValueError(
-            f"decay must be between 0 and 1; got {decay}. For no memory take `reference` of the "
-            "batch."
-        )
+    check_number("decay", decay, "(0, 1)", "For no memory take `reference` of the batch.")
     size, rank = seen.basis.shape
     if activations.shape[-1] != size:
         raise ValueError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from jax.core import Tracer
 
+from probbp.checks import check_choice, check_numbers
 from probbp.optim.dsbp.tracker import Spectrum
 
 
@@ -54,8 +55,8 @@ def inverse_mass_matrix(
         ...     lambda x: -0.5 * x @ hessian @ x, step_size=0.3, inverse_mass_matrix=metric)
         >>> state = sampler.init(jnp.ones(3))
     """
-    if of not in ("covariance", "precision"):
-        raise ValueError(f"Unknown of={of!r}: choose 'covariance' or 'precision'.")
+    check_choice("of", of, ("covariance", "precision"))
+    check_numbers("scale", scale, "(0, inf)")
     _require_full_rank(spectrum)
     size, rank = spectrum.vectors.shape
     # Without directions of its own the bulk is idle; the largest eigenvalue gives it a scale.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from probbp.checks import check_count, check_number
 from probbp.optim.dsbp.rotations import skew
 from probbp.types import LogDensity, Tree
 
@@ -80,6 +81,7 @@ def random_rotation(
         >>> round(float(jnp.linalg.norm(state.position)), 5)
         1.0
     """
+    check_number("scale", scale, "(0, inf)")
 
     def propose(rng_key, position):
         omega = _random_velocity(rng_key, position)
@@ -126,6 +128,9 @@ def geodesic_hmc(
         >>> round(float(jnp.linalg.det(state.position)), 5)
         1.0
     """
+    check_number("step_size", step_size, "(0, inf)")
+    if not isinstance(num_integration_steps, Tracer):
+        num_integration_steps = check_count("num_integration_steps", num_integration_steps)
     value_and_grad = jax.value_and_grad(logdensity_fn)
 
     def init(position, rng_key=None):

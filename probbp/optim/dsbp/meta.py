@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
 from probbp.types import Tree
 
 LossFn = Callable[[Tree, Tree], jax.Array]
@@ -83,12 +84,12 @@ def task_basis(grads: Tree, rank: int, so_far: Basis | None = None, decay: float
         >>> (abs(basis.vectors["w"]) > 0.5).tolist()
         [[True, False, False]]
     """
+    rank = check_count("rank", rank)
+    check_number("decay", decay, "[0, 1]")
     rows = _rows(grads)
     rows = rows / len(rows) ** 0.5
     dim, unseen = rows.shape[1], 0.0
     if so_far is not None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {decay}.")
         before = _rows(so_far.vectors)
         if before.shape[1] != dim:
             raise ValueError(
@@ -97,7 +98,7 @@ def task_basis(grads: Tree, rank: int, so_far: Basis | None = None, decay: float
         unseen = decay * so_far.rest * (dim - len(before))
         remembered = before * jnp.sqrt(decay * so_far.values)[:, None]
         rows = jnp.concatenate([remembered, (1 - decay) ** 0.5 * rows])
-    if not 0 < rank <= min(rows.shape):
+    if rank > min(rows.shape):
         raise ValueError(
             f"{rows.shape[0]} gradients of {dim} parameters have no {rank} leading directions: "
             f"the rank is from 1 to {min(rows.shape)}. Take the gradients of more tasks."
@@ -163,6 +164,7 @@ def adapt(
         >>> adapt(loss_fn, jnp.zeros(2), jnp.array([3.0, 4.0]), vectors, rates).tolist()
         [3.0, 0.0]
     """
+    num_steps = check_count("num_steps", num_steps, 0)
 
     def step(w, _):
         update = precondition(jax.grad(loss_fn)(w, batch), vectors, rates)
@@ -208,6 +210,8 @@ def posterior_mode(
         >>> [round(float(x), 3) for x in mode]
         [3.0, 2.0]
     """
+    num_steps = check_count("num_steps", num_steps, 0)
+    num_products = check_count("num_products", num_products)
     roots = Rates(jnp.sqrt(rates.along), jnp.sqrt(rates.rest))
 
     def root(v):

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.checks import check_count, check_number
 from probbp.types import Tree
 
 
@@ -92,8 +93,9 @@ def modified_equation(
         -1.0
         -1.05
     """
-    if order not in (1, 2):
-        raise ValueError(f"order is 1 or 2, got {order}.")
+    check_number("step_size", step_size, "(0, inf)")
+    check_number("rho", rho, "[0, inf)")
+    order = check_count("order", order, 1, 2)
     if (leading_fn is None) != (rho == 0):
         raise ValueError("The penalty takes both leading_fn and a rho above zero, or neither.")
 
@@ -176,6 +178,8 @@ def simulate(
         (0.35, 0.349)
     """
     params = jax.tree.map(jnp.asarray, params)
+    check_number("time", time, "[0, inf)")
+    num_steps = check_count("num_steps", num_steps)
     h = time / num_steps
 
     def step(w, key):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count, check_number, check_numbers
 from probbp.types import Tree
 
 
@@ -128,11 +129,8 @@ def prior(
         raise ValueError(
             f"vectors must be ({num_params}, dim) for this center, got {jnp.shape(vectors)}."
         )
-    if not scale > 0 or num_candidates < 1:
-        raise ValueError(
-            f"scale must be above zero and num_candidates at least 1, got {scale} and "
-            f"{num_candidates}."
-        )
+    check_number("scale", scale, "(0, inf)")
+    num_candidates = check_count("num_candidates", num_candidates)
     return Prior(center, vectors, scale, _as_rows(() if rows is None else rows), num_candidates)
 
 
@@ -165,6 +163,8 @@ def optimal_variances(curvature: jax.Array, scale: float, num_rows: float) -> ja
         >>> optimal_variances(jnp.array([0.0, 0.3]), scale=1.0, num_rows=10).tolist()
         [1.0, 0.25]
     """
+    check_number("scale", scale, "(0, inf)")
+    check_number("num_rows", num_rows, "[0, inf)")
     return 1 / (1 / scale**2 + num_rows * jnp.maximum(curvature, 0.0))
 
 
@@ -208,6 +208,8 @@ def divergence(posterior: Posterior, scale: float) -> jax.Array:
         >>> float(divergence(Posterior(jnp.array([2.0, 0.0]), jnp.eye(2), jnp.ones(2)), scale=1.0))
         2.0
     """
+    check_number("scale", scale, "(0, inf)")
+    check_numbers("posterior's variances", posterior.variances, "(0, inf)")
     ratio = posterior.variances / scale**2
     distance = jnp.sum(posterior.mean**2) / scale**2
     return (distance + jnp.sum(ratio - 1 - jnp.log(ratio))) / 2
@@ -227,6 +229,8 @@ def kl_inverse(risk: jax.typing.ArrayLike, budget: jax.typing.ArrayLike) -> jax.
         >>> round(float(kl_inverse(0.0, 0.1)), 4)  # 1 - exp(-0.1)
         0.0952
     """
+    check_numbers("risk", risk, "[0, 1]")
+    check_numbers("budget", budget, "[0, inf]")
     risk, budget = jnp.broadcast_arrays(*(jnp.asarray(x, float) for x in (risk, budget)))
     num_halvings = jnp.finfo(risk.dtype).nmant + 1
 
@@ -297,6 +301,9 @@ def certificate(
         ...     print(str(error).split(", ")[0])
         The prior was made from 100 of the 300 rows of the bound
     """
+    check_number("delta", delta, "(0, 1)", "It is the probability that the bound fails.")
+    check_number("delta_draws", delta_draws, "(0, 1)")
+    num_draws = check_count("num_draws", num_draws)
     num_rows = len(rows)
     used = _as_rows(rows)
     shared = used & prior.rows

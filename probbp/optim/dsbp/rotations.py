@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.checks import check_number
+
 
 def skew(a: jax.Array) -> jax.Array:
     r"""Return :math:`(A - A^\top) / 2`, the part that rotates.
@@ -141,6 +143,7 @@ def brockett_step(basis: jax.Array, matrix: jax.Array, step_size: float) -> jax.
         >>> abs(jax.lax.fori_loop(0, 100, step, start)).round(3).tolist()
         [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     """
+    check_number("step_size", step_size, "(0, inf)")
     rank = basis.shape[1]
     weights = jnp.arange(rank, 0, -1, dtype=basis.dtype) / rank
     return low_rank_cayley(step_size * (matrix @ basis) * weights, basis, basis)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count, check_number
 from probbp.optim.dsbp.tracker import Spectrum
 from probbp.types import Estimator, Tree, ValueAndGrad, keyed
 
@@ -63,8 +64,8 @@ def two_point(
         >>> [round(float(g), 4) for g in grad]  # rho^2 / 2 times the slope of 1 + w[1]^2
         [0.0, 0.02]
     """
-    if rho <= 0:
-        raise ValueError(f"rho must be positive; got {rho}. For the plain gradient: reverse().")
+    check_number("rho", rho, "(0, inf)", "For the plain gradient: reverse().")
+    num_products = check_count("num_products", num_products)
 
     def estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         def value_and_grad(rng_key, params):
@@ -192,10 +193,12 @@ def leading_eigenpairs(
         >>> found.values.round(3).tolist(), round(float(found.trace), 3)
         ([10.0], 16.0)
     """
+    rank, num_probes = check_count("rank", rank), check_count("num_probes", num_probes)
     _, stochtrace = _matfree()
     flat, _ = ravel_pytree(params)
-    num_products = min(2 * rank + 20 if num_products is None else num_products, flat.size)
-    if not 1 <= rank <= num_products:
+    asked = 2 * rank + 20 if num_products is None else check_count("num_products", num_products)
+    num_products = min(asked, flat.size)
+    if rank > num_products:
         raise ValueError(
             f"rank must be between 1 and the {num_products} products that are made for "
             f"{flat.size} parameters; got {rank}."

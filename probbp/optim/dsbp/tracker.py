@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
+
 
 class Spectrum(NamedTuple):
     """The leading eigenpairs of a symmetric matrix of size m, and what is left of its trace.
@@ -62,8 +64,8 @@ def start(
         >>> start(jax.random.key(0), size=5, rank=2).vectors.shape
         (5, 2)
     """
-    if not 1 <= rank <= size:
-        raise ValueError(f"rank must be between 1 and the size {size} of the matrix; got {rank}.")
+    size = check_count("size", size)
+    rank = check_count("rank", rank, 1, size, f"The matrix has the size {size}.")
     gaussian = jax.random.normal(rng_key, (*batch, size, rank), dtype)
     return Spectrum(
         jnp.linalg.qr(gaussian)[0],
@@ -113,14 +115,14 @@ def track(
         >>> spectrum.values.round(3).tolist(), round(float(spectrum.bulk), 3)
         ([9.0], 0.333)
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be between 0 and 1; got {decay}.")
+    check_number("decay", decay, "[0, 1]")
     vectors, values, so_far, count = spectrum
     # beta (1 - beta^t) / (1 - beta^(t + 1)): the weights of a mean that knows where it began.
     seen = count.astype(values.dtype)
     weight = seen / (seen + 1)
-    if decay < 1:
-        weight = decay * (1 - decay**seen) / (1 - decay ** (seen + 1))
+    forgets = jnp.asarray(decay, values.dtype) < 1
+    beta = jnp.where(forgets, decay, 0.5).astype(values.dtype)
+    weight = jnp.where(forgets, beta * (1 - beta**seen) / (1 - beta ** (seen + 1)), weight)
     image = weight * vectors * values[..., None, :] + (1 - weight) * product(vectors)
     frame, triangle = jnp.linalg.qr(image)
     turn, sizes, _ = jnp.linalg.svd(triangle)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_number
 from probbp.optim.dsbp.sharpness import (
     gauss_newton_product,
     hessian_product,
@@ -107,8 +108,7 @@ def laplace(
         >>> prior.curvatures.round(3).tolist()
         [10.0, 4.0]
     """
-    if isinstance(rest, float | int) and not rest > 0:
-        raise ValueError(f"rest is a precision, and must be positive; got {rest}.")
+    check_number("rest", rest, "(0, inf)", "It is a precision.")
     params = jax.tree.map(jnp.asarray, params)
     _, unravel = ravel_pytree(params)
     if outputs_fn is None:
@@ -142,6 +142,7 @@ def tempered(prior: Prior, weight: jax.Array | float) -> Prior:
         >>> float(penalty(tempered(prior, 0.5), jnp.ones(2)))
         1.25
     """
+    check_number("weight", weight, "(0, inf)")
     return prior._replace(curvatures=weight * prior.curvatures, rest=weight * prior.rest)
 
 
@@ -252,8 +253,7 @@ def used_directions(
         >>> used_directions(jnp.array([[1.0, 0.0, 1.0]]), so_far=first).shape
         (3, 2)
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1]; got {share}.")
+    check_number("share", share, "(0, 1]")
     rows = activations.reshape(-1, activations.shape[-1])
     if so_far is None:
         so_far = jnp.zeros((rows.shape[1], 0), rows.dtype)

@@ -27,7 +27,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
+from probbp.checks import check_choice, check_count, check_number
 from probbp.optim.dsbp import tracker
 from probbp.optim.dsbp.leaves import Matrices, matrices, precision
 from probbp.optim.dsbp.tracker import Spectrum
@@ -134,7 +136,12 @@ def scale_by_dynamic_spectral(
         scale of the residual); Gupta et al., 2018, arXiv:1802.09568 (whitening); Song, Ahn & Yun,
         2025, arXiv:2405.16002 (`bulk`); He et al., 2024, arXiv:2410.11289 (`random`).
     """
-    _check(rank, mode, source, side, inner, decay, refresh)
+    rank = check_count("rank", rank)
+    check_number("decay", decay, "[0, 1]")
+    check_number("eps", eps, "(0, inf)")
+    if not isinstance(refresh, Tracer):
+        refresh = check_count("refresh", refresh)
+    _check(mode, source, side, inner)
     default = optax.scale_by_adam() if mode == "residual" else optax.identity()
     optimiser = default if inner is None else inner
 
@@ -324,21 +331,14 @@ def _transposed(matrix: jax.Array) -> jax.Array:
 
 
 def _key(seed: int | jax.Array) -> jax.Array:
-    return jax.random.key(seed) if isinstance(seed, int) else seed
+    is_key = jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key) or jnp.ndim(seed) == 1
+    return jnp.asarray(seed) if is_key else jax.random.key(seed)
 
 
-def _check(rank, mode, source, side, inner, decay, refresh) -> None:
-    for name, value, choices in (
-        ("mode", mode, get_args(Mode)),
-        ("source", source, get_args(Source)),
-        ("side", side, get_args(Side)),
-    ):
-        if value not in choices:
-            raise ValueError(f"Unknown {name}={value!r}: choose one of {', '.join(choices)}.")
-    if rank < 1 or refresh < 1:
-        raise ValueError(f"rank and refresh are 1 at least; got rank={rank} and refresh={refresh}.")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be between 0 and 1; got {decay}.")
+def _check(mode, source, side, inner) -> None:
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("source", source, get_args(Source))
+    check_choice("side", side, get_args(Side))
     if inner is not None and mode not in WITH_INNER:
         raise ValueError(
             f"mode={mode!r} has no optimiser inside: chain it behind, or choose one of "

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_count, check_number
+
 # An exact certificate takes exact products: accelerators round them to fewer bits unless told.
 _matmul = partial(jnp.matmul, precision="highest")
 
@@ -191,12 +193,10 @@ def truncate(
     if (rank is None) == (tolerance is None):
         raise ValueError("Give a rank or a tolerance, one of them.")
     full = min(matrix.shape)
-    if rank is not None and not 0 <= rank <= full:
-        raise ValueError(f"rank must be between 0 and {full} for {matrix.shape}; got {rank}.")
-    if tolerance is not None and not 0 <= tolerance <= 1:
-        raise ValueError(
-            f"tolerance is a share of the squared outputs, in [0, 1]; got {tolerance}."
-        )
+    if rank is not None:
+        rank = check_count("rank", rank, 0, full, f"The kernel is {matrix.shape} as a matrix.")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, "[0, 1]", "It is a share of the squared outputs.")
     weighted = _matmul(_root(moment).T, matrix)
     _, singular_values, rows = jnp.linalg.svd(weighted, full_matrices=False)
     spectrum = singular_values**2
@@ -266,7 +266,10 @@ def end_to_end_bound(
             "The bound is for dense layers: the norm of a convolution is not its kernel's. Read "
             "each layer's `error`, and measure the error at the end."
         )
+    check_number("lipschitz", lipschitz, "[0, inf)")
     errors = [layer.error for layer in layers] if errors is None else errors
+    for error in errors:
+        check_number("errors", error, "[0, inf)")
     bound = jnp.zeros(())
     for layer, error in zip(layers, errors, strict=True):
         norm = jnp.linalg.norm(layer.left @ layer.right, ord=2)

@@ -14,6 +14,7 @@ from blackjax.adaptation.metric_recipes import MetricCore, MetricRecipe
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count
 from probbp.optim.dsbp import tracker
 from probbp.optim.dsbp.gaussian import inverse_mass_matrix
 from probbp.optim.dsbp.tracker import Spectrum
@@ -65,8 +66,7 @@ def tracked_metric(rank: int) -> MetricRecipe:
         >>> learnt["inverse_mass_matrix"].U.shape
         (4, 1)
     """
-    if rank < 1:
-        raise ValueError(f"rank is 1 at least; got {rank}. Without directions: metric='diag'.")
+    rank = check_count("rank", rank, way_out="Without directions: metric='diag'.")
     return _TrackedRecipe(
         representation="low_rank",
         estimator="dsbp",

@@ -1,0 +1,106 @@
+"""What an argument must be: a count, a number in an interval, one of some names.
+
+Python's, NumPy's and JAX's scalars are taken alike. Of a tracer, whose value is not known, only
+the kind is checked.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+_WORDS = {
+    "(0, inf)": "positive and finite",
+    "(0, inf]": "positive",
+    "[0, inf)": "finite and not negative",
+    "(-inf, inf)": "finite",
+    "[0, 1]": "between 0 and 1",
+}
+
+
+def check_count(
+    name: str, value: Any, least: int = 1, most: int | None = None, way_out: str = ""
+) -> int:
+    """Return an integer of at least `least`, and at most `most`, as Python's.
+
+    Counts are shapes and lengths of loops: a tracer raises.
+    """
+    if most is not None:
+        wanted = f"an integer from {least} to {most}"
+    else:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be {wanted} that is known when the program is traced, got {value}. Give "
+            "it as a static argument (jax.jit's static_argnames, optax.inject_hyperparams' "
+            "static_args)."
+        )
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(_sentence(f"{name} must be {wanted}, got {_shown(value)}", way_out))
+    if number < least or (most is not None and number > most):
+        raise ValueError(_sentence(f"{name} must be {wanted}, got {number}", way_out))
+    return number
+
+
+def check_number(name: str, value: Any, interval: str, way_out: str = "") -> None:
+    """Require a scalar in an interval, written as in mathematics: `"(0, 1]"`, `"[0, inf)"`."""
+    check_numbers(name, value, interval, way_out)
+    if np.shape(value):
+        raise ValueError(
+            _sentence(f"{name} must be one number, got an array of {np.shape(value)}", way_out)
+        )
+
+
+def check_numbers(name: str, value: Any, interval: str, way_out: str = "") -> None:
+    """Require a scalar or an array whose numbers all lie in an interval, as `check_number`'s."""
+    wanted = _WORDS.get(interval, f"in {interval}")
+    if not _is_real(value):
+        raise TypeError(
+            _sentence(f"{name} must be a number, {wanted}, got {_shown(value)}", way_out)
+        )
+    if isinstance(value, Tracer):
+        return
+    numbers = np.asarray(value).astype(float)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    is_above = numbers > low if interval[0] == "(" else numbers >= low
+    is_below = numbers < high if interval[-1] == ")" else numbers <= high
+    is_inside = is_above & is_below
+    if not np.all(is_inside):
+        outside = float(np.extract(~is_inside, numbers)[0])
+        found = f"{outside:g} in an array of {numbers.shape}" if numbers.ndim else f"{outside:g}"
+        raise ValueError(_sentence(f"{name} must be {wanted}, got {found}", way_out))
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str], way_out: str = "") -> None:
+    """Require one of the names."""
+    if not isinstance(value, str) or value not in choices:
+        *first, last = map(repr, choices)
+        listed = f"{', '.join(first)} or {last}" if first else last
+        raise ValueError(_sentence(f"Unknown {name}={_shown(value)}: choose {listed}", way_out))
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number, or an array of them: no key, complex number or Boolean."""
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except ValueError:  # of rows that differ in length
+        return False
+    kinds = (np.floating, np.integer)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it is written, or what it is where that is long."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def _sentence(fault: str, way_out: str) -> str:
+    return f"{fault}. {way_out}" if way_out else f"{fault}."
