@@ -16,15 +16,17 @@ ALLOWED = {
     "types": set(),
     "estimators": {"types"},
     "ops": {"types"},
-    "samplers": {"types"},
+    "runs": {"types"},
+    "samplers": {"types", "runs"},
     "optim": {"types"},
     "diagnostics": {"types"},
     "numpyro": {"types", "samplers"},
-    "models": {"ops"},
+    "models": {"ops", "runs"},
 }
 # What a room gets from its hosts.
 HOSTS = {
-    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm", "orbax", "zarr", "xarray"},
+    "runs": {"jax", "numpy", "orbax"},
+    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm", "zarr", "xarray"},
     "estimators": {"jax", "optax"},
     "ops": {"jax"},
     "optim": {"jax", "optax", "blackjax", "matfree"},

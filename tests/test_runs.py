@@ -19,9 +19,10 @@ import pytest
 import xarray as xr
 
 import probbp
-from probbp.samplers import checkpoints, progress, sinks, streams
+from probbp.runs import checkpoints
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import progress, sinks, streams
 from probbp.samplers.adaptation import adaptation
-from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import programs
 from probbp.samplers.scan import checkpointed_scan
 

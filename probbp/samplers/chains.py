@@ -15,12 +15,13 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from probbp.samplers import checkpoints, checks, progress, sinks, streams
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import checks, progress, sinks, streams
 from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
-from probbp.samplers.devices import devices
-from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree
 

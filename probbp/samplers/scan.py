@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from probbp.samplers import checkpoints, checks
-from probbp.samplers.devices import devices
-from probbp.samplers.fingerprints import fingerprint
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import checks
 from probbp.samplers.programs import latest
 from probbp.types import Tree
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from probbp.samplers.checkpoints import check_inside
-from probbp.samplers.devices import Devices
-from probbp.samplers.fingerprints import same_run
+from probbp.runs.checkpoints import check_inside
+from probbp.runs.devices import Devices
+from probbp.runs.fingerprints import same_run
 from probbp.samplers.progress import Moments, standard_deviation
 
 GROUPS = ("posterior", "sample_stats")

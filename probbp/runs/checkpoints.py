@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probbp.samplers.devices import Devices
-from probbp.samplers.fingerprints import ORDER, hash_array, same_run
+from probbp.runs.devices import Devices
+from probbp.runs.fingerprints import ORDER, hash_array, same_run
 from probbp.types import Tree
 
 STATES = "states"
@@ -116,7 +116,7 @@ def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found |
     The state's leaves must be whole on each process. Those on disk that are newer than `found` are
     damaged, and removed.
     """
-    ocp = _orbax()
+    ocp = orbax()
     start = -1 if found is None else found.done
     if on.writes:
         for path in Path(folder, STATES).glob("*"):
@@ -167,8 +167,23 @@ def check_inside(folder: str | os.PathLike[str]) -> None:
                     )
 
 
+def orbax() -> Any:
+    """Return the module `orbax.checkpoint`.
+
+    Raises:
+        ImportError: without the package, naming the extra that has it.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
+        ) from error
+    return ocp
+
+
 def _read_rest(manager, step):
-    ocp = _orbax()
+    ocp = orbax()
     rest = manager.restore(step, args=ocp.args.Composite(rest=ocp.args.JsonRestore()))["rest"]
     if not isinstance(rest, dict) or rest.pop("text", None) != _digest_of_text(rest):
         raise ValueError("its text is not what was written")
@@ -176,7 +191,7 @@ def _read_rest(manager, step):
 
 
 def _read_arrays(manager, step, rest, like):
-    ocp = _orbax()
+    ocp = orbax()
     leaves, structure = jax.tree.flatten(like)
     plain = {
         str(i): jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
@@ -241,19 +256,9 @@ def _as_numpy(leaf):
 
 @contextmanager
 def _manager(folder):
-    ocp = _orbax()
+    ocp = orbax()
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "rest": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     path = os.path.join(os.path.abspath(folder), STATES)
     with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
         yield manager
-
-
-def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
-    return ocp
