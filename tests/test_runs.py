@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import long_run
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -433,6 +434,35 @@ def test_a_fingerprint_sees_what_is_computed_and_not_in_which_order():
         for n in (3, 4)
     ]
     assert loops[0][0] != loops[1][0]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange,
+        jnp.arange,
+        lambda num: [f"row {i}" for i in range(num)],
+        lambda num: np.array([f"row {i}" for i in range(num)], dtype=object),
+        lambda num: pd.Index(range(num)).astype(str),
+        lambda num: pd.date_range("2020-01-01", periods=num),
+        lambda num: xr.DataArray(np.arange(num) / 7),
+    ],
+)
+def test_a_fingerprint_reads_all_of_a_setting(labels):
+    """Also what a `repr` leaves out: with 1,200 labels, those in the middle."""
+
+    def of(labels, **others):
+        settings = {"coords": {"row": labels, **others}}
+        return fingerprint({}, (), settings)["coords"]
+
+    num, order = 1200, np.arange(1200)
+    order[[600, 601]] = order[[601, 600]]
+    swapped = labels(num)
+    swapped = [swapped[i] for i in order] if isinstance(swapped, list) else swapped[order]
+    assert of(labels(num)) == of(labels(num))
+    assert of(swapped) != of(labels(num))
+    assert of(labels(num), one=[1]) != of(labels(num), two=[1])
+    assert of(labels(3)) != of(labels(4))
 
 
 def test_another_order_of_sums_is_told(tmp_path):

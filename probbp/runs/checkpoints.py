@@ -31,16 +31,18 @@ class Found(NamedTuple):
     Attributes:
         done: how many steps the run had made.
         state: the state, NumPy arrays and keys.
+        note: what was saved with it beside the arrays.
     """
 
     done: int
     state: Tree
+    note: Any
 
 
 def newest(
     folder: str | os.PathLike[str],
     prints: dict[str, str],
-    like: Callable[[int], Tree],
+    like: Callable[[int, Any], Tree],
     others: tuple[str, ...] = (),
 ) -> Found | None:
     """Return the newest state that is intact, or `None` where the run has not begun.
@@ -48,7 +50,7 @@ def newest(
     Args:
         folder: of the run.
         prints: of the run, by `fingerprint`.
-        like: steps that were made to the shapes of the state.
+        like: steps that were made, and the note, to the shapes of the state.
         others: how the names of what else may lie in the folder begin.
 
     Raises:
@@ -81,7 +83,7 @@ def newest(
             if not same_run(rest["prints"], prints):
                 raise ValueError(_words_of_difference(folder, rest["prints"], prints))
             try:
-                state = _read_arrays(manager, step, rest, like(rest["done"]))
+                state = _read_arrays(manager, step, rest, like(rest["done"], rest["note"]))
             except Exception as error:
                 damage[step] = error
                 continue
@@ -99,7 +101,7 @@ def newest(
                     "variable PYTHONHASHSEED.",
                     stacklevel=3,
                 )
-            return Found(rest["done"], state)
+            return Found(rest["done"], state, rest["note"])
     if damage:
         step, error = max(damage.items())
         raise ValueError(
@@ -111,10 +113,10 @@ def newest(
 
 @contextmanager
 def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found | None, on: Devices):
-    """Yield `save(done, state)`, which keeps the two newest states.
+    """Yield `save(done, state, note=None)`, which keeps the two newest states.
 
-    The state's leaves must be whole on each process. Those on disk that are newer than `found` are
-    damaged, and removed.
+    A note is anything that JSON has. The state's leaves must be whole on each process. States on
+    disk that are newer than `found` are damaged, and removed.
     """
     ocp = orbax()
     start = -1 if found is None else found.done
@@ -125,7 +127,7 @@ def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found |
     on.wait("probbp checkpoints")
     with _manager(folder) as manager:
 
-        def save(done, state):
+        def save(done, state, note=None):
             leaves = jax.tree.leaves(state)
             keys = {
                 str(i): str(jax.random.key_impl(leaf))
@@ -133,7 +135,8 @@ def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found |
                 if _is_key(leaf)
             }
             arrays = {str(i): _as_numpy(leaf) for i, leaf in enumerate(leaves)}
-            rest = {"done": done, "keys": keys, "prints": prints, "arrays": _digest(arrays)}
+            rest = {"done": done, "note": note, "keys": keys, "prints": prints}
+            rest["arrays"] = _digest(arrays)
             rest["text"] = _digest_of_text(rest)
             # Orbax stores no array without entries: those are told by their shapes.
             arrays = {name: array for name, array in arrays.items() if array.size}

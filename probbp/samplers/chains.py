@@ -241,7 +241,7 @@ def sample(
             if checkpoint is not None:
                 moments = progress.no_draws(streams.moments_like(template))
                 like = (carry, moments, np.zeros((), int))
-                found = checkpoints.newest(checkpoint, prints, lambda done: like, (DRAWS,))
+                found = checkpoints.newest(checkpoint, prints, lambda done, note: like, (DRAWS,))
                 save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
             num_written = 0 if found is None else max(0, found.done - num_warmup)
             path = Path(folder, DRAWS) if stream is None else Path(folder)
@@ -253,7 +253,7 @@ def sample(
             carry = on.jit(program.init)(on.jit(init_keys)(key_init), position)
             checks.check_start(on.get(carry[0].logdensity))
         else:
-            done, (carry, moments, divergent) = found
+            done, (carry, moments, divergent) = found.done, found.state
             carry = on.put(carry)
             if moments.count:
                 sink.note(moments)

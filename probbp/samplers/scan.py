@@ -91,7 +91,8 @@ def checkpointed_scan(
     run = latest((), described, jax.jit(steps, static_argnums=1))
     y = jax.eval_shape(lambda carry: f(carry, None)[1], init)
 
-    def like(done):
+    def like(done, note):
+        del note
         ys = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((done, *leaf.shape), leaf.dtype), y)
         return jax.eval_shape(lambda: init), ys
 
@@ -102,7 +103,7 @@ def checkpointed_scan(
             prints = fingerprint(described, init, settings)
             found = checkpoints.newest(checkpoint, prints, like)
             save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-        done, (carry, ys) = (0, (init, None)) if found is None else found
+        done, (carry, ys) = (0, (init, None)) if found is None else found[:2]
         carry = on.put(carry)
         history = [] if found is None else [ys]
         bar = tqdm(total=length, initial=done, disable=not progress_bar)
