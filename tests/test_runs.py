@@ -303,10 +303,38 @@ def test_damaged_draws(run):
     pieces = run / "draws.zarr" / "posterior" / "a" / "c" / "0"
     piece = pieces / "1" / "0"
     flip(piece)
-    with pytest.raises(ValueError, match="(?i)checksum"):
+    with pytest.raises(ValueError, match="posterior/a/c/0/1/0 is not what this run wrote there"):
         draw(checkpoint=run)
     piece.unlink()
     with pytest.raises(ValueError, match="lacks 1 of the 4 pieces of posterior/a"):
+        draw(checkpoint=run)
+
+
+@pytest.mark.parametrize("taken", ["piece", "piece and seal"])
+@pytest.mark.parametrize("place", ["another run", "another place", "another variable"])
+def test_draws_of_another_run_or_place_are_not_taken_for_this_run_s(run, tmp_path, taken, place):
+    """Their checksums are right, and their shapes."""
+    draws = run / "draws.zarr" / "posterior"
+    ours = draws / "a" / "c" / "0" / "1" / "0", draws / "a" / "seals" / "1"
+    theirs = {
+        "another place": (draws / "a" / "c" / "0" / "2" / "0", draws / "a" / "seals" / "2"),
+        "another variable": (draws / "exp" / "c" / "0" / "1" / "0", draws / "exp" / "seals" / "1"),
+    }
+    if place == "another run":
+        draw(checkpoint=tmp_path / "other", key=1)
+        other = tmp_path / "other" / "draws.zarr" / "posterior" / "a"
+        theirs[place] = other / "c" / "0" / "1" / "0", other / "seals" / "1"
+    for source, target in zip(theirs[place], ours, strict=True):
+        shutil.copy(source, target)
+        if taken == "piece":
+            break
+    with pytest.raises(ValueError, match="a/c/0/1/0 is not what this run wrote there: .* seal"):
+        draw(checkpoint=run)
+
+
+def test_a_seal_that_is_lost_is_missed(run):
+    (run / "draws.zarr" / "sample_stats" / "lp" / "seals" / "0").unlink()
+    with pytest.raises(ValueError, match="lp/c/0/0 is not what this run wrote there"):
         draw(checkpoint=run)
 
 
@@ -338,6 +366,34 @@ def test_links_out_of_the_folder_are_refused(run, tmp_path):
     os.symlink(Path("..", "..", "..", "outside"), state / "arrays")
     with pytest.raises(ValueError, match="is a link to"):
         draw(checkpoint=run)
+
+
+@pytest.mark.parametrize("name", ["draws", "[d]raws*"])
+def test_what_is_not_the_run_s_own_is_not_removed(name, tmp_path, monkeypatch):
+    """Folders beside a store whose names begin as that of an unfinished one would."""
+    others = [tmp_path / f"{name}.partial-{end}" for end in ("1", str(os.getpid()), "thesis")]
+    others += [tmp_path / "draws.partial-1", tmp_path / "d.partial-2"]
+    for folder in others:
+        folder.mkdir(exist_ok=True)
+        (folder / "mine.txt").write_text("mine")
+    # A marker that is none, another run's, and none of this folder's own.
+    (others[0] / "zarr.json").write_text('{"attributes": []}')
+    (tmp_path / "away").mkdir()
+    for key, folder in ((1, tmp_path / name), (0, tmp_path / "away" / name)):
+        with monkeypatch.context() as patch:
+            stop(patch, (streams, "_digest"), 1)
+            with pytest.raises(Stop):
+                draw(key=key, stream=folder)
+    (theirs,) = {*tmp_path.glob("*.partial-*")} - {*others}
+    (ours,) = (tmp_path / "away").iterdir()
+    (tmp_path / f"{name}.partial-link").symlink_to(ours)
+    (others[2] / "zarr.json").symlink_to(ours / "zarr.json")
+    own = shutil.copytree(ours, tmp_path / f"{name}.partial-own")
+    draw(stream=tmp_path / name)
+    assert not own.exists()
+    assert theirs.exists()
+    assert (ours / "zarr.json").exists()
+    assert all((folder / "mine.txt").read_text() == "mine" for folder in others)
 
 
 @pytest.mark.parametrize("name", ["../../escape", "..", "a/b"])

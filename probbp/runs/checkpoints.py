@@ -106,7 +106,7 @@ def newest(
         step, error = max(damage.items())
         raise ValueError(
             f"No checkpoint in {folder} is intact. The newest, after {step} steps, says: "
-            f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start anew."
+            f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start from scratch."
         ) from error
     return None
 

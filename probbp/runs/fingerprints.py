@@ -97,8 +97,13 @@ def hash_array(sha: Any, value: Any) -> None:
 
 def same_run(theirs: dict[str, str], ours: dict[str, str]) -> bool:
     """Return whether two fingerprints are those of one run, in whatever order it adds."""
-    names = {name for name in theirs | ours if not name.startswith(ORDER)}
-    return all(theirs.get(name) == ours.get(name) for name in names)
+    return hash_run(theirs) == hash_run(ours)
+
+
+def hash_run(prints: dict[str, str]) -> str:
+    """Hash a fingerprint, so that those of one run, in whatever order it adds, have one hash."""
+    same = [f"{name}: {text}" for name, text in prints.items() if not name.startswith(ORDER)]
+    return _hash(sorted(same))
 
 
 def _in_full(value):
