@@ -430,7 +430,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monk
     for other in (resumed, again):
         np.testing.assert_array_equal(other.losses, whole.losses)
         np.testing.assert_array_equal(flat(other.network), flat(whole.network))
-    data = "the step, or the data"
+    data = "the training step or its data"
     others = [
         ("num_steps", {"num_steps": 30}),
         ("key and start", {"key": 1}),

@@ -154,6 +154,39 @@ def test_an_equal_loop_compiles_nothing(compiled):
     np.testing.assert_array_equal(run(two), 12)
 
 
+@members(PROGRAMS)
+def test_a_log_density_is_traced_as_often_as_it_is_evaluated(name):
+    """Once at the start, as by `blackjax.nuts.init`, and in the step as the table says."""
+    traced = []
+
+    def counted_fn(x):
+        traced.append(x)
+        return logdensity_fn(x)
+
+    algorithm = build(name, counted_fn)
+    state = jax.eval_shape(algorithm.init, START, jax.random.key(0))
+    assert len(traced) == 1
+    traced.clear()
+    jax.eval_shape(algorithm.step, jax.random.key(1), state)
+    assert len(traced) == PROGRAMS[name].evaluations
+
+
+def test_a_start_evaluates_once_and_a_compiled_step_is_traced_once():
+    traced = []
+
+    def counted_fn(x):
+        traced.append(x)
+        return logdensity_fn(x)
+
+    algorithm = build("mala", counted_fn)
+    state = algorithm.init(START)
+    assert len(traced) == 1
+    step = jax.jit(algorithm.step)
+    for key in jax.random.split(jax.random.key(0), 3):
+        state, _ = step(key, state)
+    assert len(traced) == 2
+
+
 def test_threads_keep_their_own_programs():
     """A thread that comes between the comparison and the answer changes nothing for the first."""
 

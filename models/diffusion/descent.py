@@ -88,7 +88,7 @@ def descend(
         if checkpoint is not None:
             like = jax.eval_shape(lambda: state)
             one_step = partial(lambda data, *args: steps(*args, data, 1), data)
-            described = {"the step, or the data": (one_step, (rng_key, like, 0))}
+            described = {"the training step or its data": (one_step, (rng_key, like, 0))}
             prints = fingerprint(described, (rng_key, params), {"num_steps": num_steps})
             found = checkpoints.newest(checkpoint, prints, lambda done, note: like)
             save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))

@@ -226,7 +226,7 @@ def programs_of(epoch: Callable, propose: Callable) -> Callable[[Fit], dict[str,
         # Masks may be read on the way, and so they are no arguments.
         args = jax.random.key(0), fit.state
         return {
-            "the training, or its data": (lambda k, s: epoch(k, Fit(s, fit.dendrites)), args),
+            "the training or its data": (lambda k, s: epoch(k, Fit(s, fit.dendrites)), args),
             "the search for dendrites": (lambda k, s: propose(k, Fit(s, fit.dendrites)), args),
         }
 
