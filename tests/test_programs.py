@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -205,6 +206,36 @@ def test_threads_keep_their_own_programs():
     assert latest((Interrupted(),), {}, "the same") == "ours"
     # By now the latest call is the other thread's.
     assert latest((Interrupted(),), {}, "once more") == "once more"
+
+
+def test_threads_sample_their_own_densities():
+    """At once, and as one after the other."""
+    centres = [jnp.full(3, 1.0), jnp.full(3, -100.0)] * 2
+
+    def run(centre):
+        around = lambda x: logdensity_fn({"a": x["a"] - centre, "b": x["b"]})
+        start = {"a": centre, "b": START["b"]}
+        options = {"num_warmup": 0, "num_samples": 5, "num_chains": 1, "metric": None}
+        return probbp.sample(
+            jax.random.key(0), partial(probbp.mala, around), start, progress_bar=False, **options
+        )
+
+    alone = [run(centre) for centre in centres[:2]] * 2
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(run, centres), alone, strict=True):
+            same(ours, theirs, rtol=0)
+
+
+def test_nothing_is_kept_of_a_call_that_is_being_traced():
+    """A tracer would outlive its trace, and meet the data of the next call."""
+    loop = partial(probbp.checkpointed_scan, length=2, progress_bar=False)
+    words = "can't be inside jax.jit, jax.vmap or jax.grad. Call it outside"
+    with pytest.raises(TypeError, match=words):
+        jax.jit(lambda data: loop(lambda x, _: (x + data, x), jnp.zeros(2)))(jnp.ones(2))
+    with pytest.raises(TypeError, match=words):
+        jax.vmap(lambda x: loop(lambda x, _: (x + 1, x), x))(jnp.ones(2))
+    carry, _ = loop(lambda x, _: (x + jnp.ones(2), x), jnp.zeros(2))
+    np.testing.assert_array_equal(carry, 2)
 
 
 def test_data_of_jax_are_known_by_identity(compiled, monkeypatch):

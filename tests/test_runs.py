@@ -355,6 +355,17 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(tmp_path, run):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("number", ["7", "2024"])
+def test_what_lies_among_the_states_is_left_alone(run, number):
+    """A run keeps its two newest states: older and damaged ones are removed, no others."""
+    photos = run / checkpoints.STATES / number
+    photos.mkdir()
+    (photos / "beach.jpg").write_text("sand")
+    with pytest.raises(ValueError, match=f"it holds 'states/{number}/beach.jpg'. Name a folder"):
+        draw(checkpoint=run)
+    assert (photos / "beach.jpg").read_text() == "sand"
+
+
 def test_links_out_of_the_folder_are_refused(run, tmp_path):
     outside = tmp_path / "outside"
     state = states(run)[-1]

@@ -24,6 +24,9 @@ from probbp.types import Tree
 STATES = "states"
 """The folder of the states, in the folder of a run."""
 
+PARTS = ("arrays", "rest", "commit_success.txt")
+"""What the folder of a state holds, but for Orbax's own files, whose names begin with _."""
+
 
 class Found(NamedTuple):
     """A state that was on disk.
@@ -65,8 +68,7 @@ def newest(
     if not folder.exists():
         return None
     check_inside(folder)
-    names = [entry.name for entry in folder.iterdir()]
-    strangers = [name for name in names if not name.startswith((STATES, *others))]
+    strangers = _strangers(folder, others)
     if strangers:
         raise ValueError(
             f"{folder} is no checkpoint of this function: it holds {min(strangers)!r}. Name a "
@@ -183,6 +185,20 @@ def orbax() -> Any:
             "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
         ) from error
     return ocp
+
+
+def _strangers(folder, others):
+    """Return what no run of this room wrote: whoever goes on removes old states."""
+    names = [entry.name for entry in folder.iterdir()]
+    found = [name for name in names if not name.startswith((STATES, *others))]
+    for state in sorted(path for path in (folder / STATES).glob("*") if path.name.isdigit()):
+        within = [entry.name for entry in state.iterdir()] if state.is_dir() else [""]
+        found += [
+            f"{STATES}/{state.name}/{name}".removesuffix("/")
+            for name in within
+            if name not in PARTS and not name.startswith("_")
+        ]
+    return found
 
 
 def _read_rest(manager, step):

@@ -116,7 +116,8 @@ def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs:
     JAX keeps what it has compiled with the function that it has compiled. Whether they are the same
     is read from what they are traced to, with all the data that they close over, so that no other
     data are ever taken for them: one array of JAX is known by its identity, others are compared to
-    the last bit. Side effects are not seen: programs that call back are not kept.
+    the last bit. Side effects are not seen: programs that call back are not kept, nor are those of
+    a call that is being traced.
 
     Threads share the latest call. Each gets its own programs, or some that are the same.
 
@@ -130,6 +131,8 @@ def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs:
     if any("callback" in text for text in texts):
         return programs
     ours = _Kept((sizes, texts), [const for t in traced for const in constants(t)], programs)
+    if any(isinstance(const, jax.core.Tracer) for const in ours.constants):
+        return programs
     with _lock:
         kept = _latest[0] if _latest else None
     if kept is not None and _is_same(kept, ours):

@@ -55,6 +55,7 @@ def checkpointed_scan(
 
     Raises:
         ImportError: for a checkpoint without Orbax.
+        TypeError: inside of a transformation of JAX.
         ValueError: for counts that are not positive, and a checkpoint that is damaged or another
             loop's.
 
@@ -80,6 +81,7 @@ def checkpointed_scan(
     checks.check_count("length", length)
     every = -(-length // NUM_UPDATES) if every is None else every
     checks.check_count("every", every)
+    _refuse_tracers(init)
     on = devices(None, 1)
     # Once through `f`, so that Python's numbers among the carry have types.
     init = jax.tree.map(jnp.asarray, init)
@@ -111,6 +113,7 @@ def checkpointed_scan(
         while done < length:
             num = min(every, length - done)
             carry, ys = run(carry, num)
+            _refuse_tracers(carry)
             history.append(jax.device_get(ys))
             done += num
             bar.update(num)
@@ -119,6 +122,14 @@ def checkpointed_scan(
                 history = [_joined(history)]
                 save(done, (carry, history[0]))
     return carry, _joined(history)
+
+
+def _refuse_tracers(carry):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(carry)):
+        raise TypeError(
+            "checkpointed_scan comes back to the host between steps: it can't be inside jax.jit, "
+            "jax.vmap or jax.grad. Call it outside of them, or take jax.lax.scan there."
+        )
 
 
 def _joined(history):
