@@ -107,7 +107,8 @@ def host():
         return Fit((fit.state[0], jnp.zeros((), int)), {"layer": there})
 
     first = partial(like, {"layer": []})
-    return Host(first, like, epoch, propose, grow, lambda fit: fit.state, None, None)
+    programs = lambda fit: {}
+    return Host(first, like, epoch, propose, grow, lambda fit: fit.state, None, None, programs)
 
 
 def grown(folder, length):

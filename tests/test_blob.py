@@ -923,6 +923,21 @@ def test_what_is_no_adapter_is_not_loaded(tmp_path):
         blob.save(bayes, params, tmp_path / "adapter", format="pickle")
 
 
+@pytest.mark.parametrize("part", ["params", "options"])
+def test_a_link_out_of_an_adapter_is_not_followed(tmp_path, part):
+    bayes, params = simple()
+    blob.save(bayes, params, tmp_path / "adapter", format="orbax")
+    (tmp_path / "adapter" / part).rename(tmp_path / "outside")
+    (tmp_path / "adapter" / part).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{part} is a link to .*outside of"):
+        blob.load(bayes, tmp_path / "adapter")
+    # A link to the adapter is the caller's own.
+    (tmp_path / "adapter" / part).unlink()
+    (tmp_path / "outside").rename(tmp_path / "adapter" / part)
+    (tmp_path / "link").symlink_to(tmp_path / "adapter")
+    assert set(blob.load(bayes, tmp_path / "link")) == set(params)
+
+
 @pytest.mark.parametrize(
     ("format", "package", "extra"),
     [("safetensors", "safetensors.numpy", "models"), ("orbax", "orbax.checkpoint", "runs")],

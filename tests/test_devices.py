@@ -16,8 +16,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import probbp
-from probbp.samplers import checkpoints
-from probbp.samplers.devices import devices
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
 from probbp.samplers.programs import step_keys
 
 SCRIPT = Path(many_devices.__file__)

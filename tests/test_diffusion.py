@@ -1,5 +1,6 @@
 """Diffusion priors: the mixture's closed forms, exact posteriors, training and tuning."""
 
+from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
@@ -21,9 +22,9 @@ from scipy.stats import norm
 import probbp
 from probbp.estimators import reverse, through
 from probbp.models import diffusion
-from probbp.models.diffusion import files
 from probbp.numpyro import Kernel, Optim
 from probbp.ops import sdo
+from probbp.runs import checkpoints
 
 SCHEDULE = sdo.linear(8)
 MATRIX, Y, SCALE = np.array([[1.0, 0.5]]), np.array([0.4]), 0.4
@@ -375,45 +376,96 @@ def test_training_comes_near_the_best_denoiser(prediction):
     assert least < after < least + (before - least) / 5
 
 
+def train(folder, key=0, x=None, condition=None, network=None, num_steps=20, **options):
+    """A few steps of training."""
+    return diffusion.train(
+        key_of(key),
+        small(2) if network is None else network,
+        rows() if x is None else x,
+        SCHEDULE,
+        condition=np.eye(2)[np.arange(500) % 2] if condition is None else condition,
+        num_steps=num_steps,
+        batch_size=16,
+        checkpoint=folder,
+        progress_bar=False,
+        **{"optimiser": optax.adam(1e-3), "every": 10} | options,
+    )
+
+
+def saver_that(monkeypatch, then):
+    """Have `then(done)` called after each checkpoint is written."""
+    saver = checkpoints.saver
+
+    @contextmanager
+    def noting(*args):
+        with saver(*args) as save:
+
+            def save_and_note(done, state):
+                save(done, state)
+                then(done)
+
+            yield save_and_note
+
+    monkeypatch.setattr(checkpoints, "saver", noting)
+
+
+def stop(done):
+    raise KeyboardInterrupt
+
+
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    labels = np.eye(2)[np.arange(500) % 2]
-
-    def train(num_steps, folder):
-        return diffusion.train(
-            key_of(0),
-            small(2),
-            rows(),
-            SCHEDULE,
-            condition=labels,
-            num_steps=num_steps,
-            batch_size=16,
-            optimiser=optax.adam(1e-3),
-            checkpoint=folder,
-            every=10,
-            progress_bar=False,
-        )
-
-    whole = train(20, None)
-    save = files.save
-
-    def save_and_stop(folder, step, tree):
-        save(folder, step, tree)
-        raise KeyboardInterrupt
-
+    whole = train(None)
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save", save_and_stop)
+        saver_that(patch, stop)
         with pytest.raises(KeyboardInterrupt):
-            train(20, folder)
+            train(folder)
     written = []
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save", lambda folder, step, tree: written.append(step))
-        resumed = train(20, folder)
+        saver_that(patch, written.append)
+        resumed = train(folder)
+        # What is done is read, however often it was to be written.
+        again = train(folder, every=5)
     assert written == [20]
-    np.testing.assert_array_equal(resumed.losses, whole.losses)
-    np.testing.assert_array_equal(flat(resumed.network), flat(whole.network))
-    with pytest.raises(ValueError, match="another network"):
-        train(30, folder)
+    for other in (resumed, again):
+        np.testing.assert_array_equal(other.losses, whole.losses)
+        np.testing.assert_array_equal(flat(other.network), flat(whole.network))
+    data = "the training step or its data"
+    others = [
+        ("num_steps", {"num_steps": 30}),
+        ("key and start", {"key": 1}),
+        (data, {"x": 5 + rows()}),
+        (data, {"condition": np.eye(2)[np.zeros(500, int)]}),
+        (data, {"drop": 0.2}),
+        (data, {"optimiser": optax.adam(2e-3)}),
+    ]
+    for differs, change in others:
+        with pytest.raises(ValueError, match=f"of another run. What differs: .*{differs}"):
+            train(folder, **change)
+    np.testing.assert_array_equal(train(folder).losses, whole.losses)
+
+
+def test_another_tuning_s_checkpoint_is_refused(tmp_path):
+    def tune(key=0, aim=1.0, **options):
+        return diffusion.tune(
+            key_of(key),
+            small(),
+            lambda x: jnp.mean((x - aim) ** 2),
+            (2,),
+            sdo.linear(4),
+            num_steps=2,
+            batch_size=2,
+            every=2,
+            checkpoint=tmp_path / "run",
+            progress_bar=False,
+            **options,
+        )
+
+    first = tune()
+    np.testing.assert_array_equal(tune().losses, first.losses)
+    for change in ({"key": 1}, {"aim": 2.0}, {"keep_step": 1}, {"prediction": "eps"}):
+        with pytest.raises(ValueError, match="of another run"):
+            tune(**change)
 
 
 def test_a_condition_tells_and_can_be_left_out():

@@ -21,6 +21,7 @@ from probbp.models.growth.acceptance import Proposal, Search, propose
 from probbp.models.growth.machine import Fit, Host
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites
+from probbp.runs.fingerprints import fingerprint
 
 KEY = key_of(0)
 
@@ -60,9 +61,9 @@ def scripted(scores, asked=lambda num_sets: True):
         there = ops.grow(fit.dendrites["layer"], proposal.candidates["layer"])
         return Fit((fit.state[0], jnp.zeros((), int)), {"layer": there})
 
-    return Host(
-        lambda: like({"layer": []}), like, epoch, propose, grow, lambda fit: fit.state, None, None
-    )
+    first = partial(like, {"layer": []})
+    programs = lambda fit: {}
+    return Host(first, like, epoch, propose, grow, lambda fit: fit.state, None, None, programs)
 
 
 run = partial(growth.grow, KEY, patience=2, progress_bar=False)
@@ -146,9 +147,50 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
     # A finished run is read, not run.
     none = host._replace(epoch=None)
     assert run(none, max_sets=3, checkpoint=tmp_path / "run").history == whole.history
-    like = partial(lambda masks: Fit((jnp.zeros(2), jnp.zeros(())), host.like(masks).dendrites))
-    with pytest.raises(ValueError, match="another network"):
-        run(host._replace(like=like), max_sets=3, checkpoint=tmp_path / "run")
+    # Nothing else is taken for it, and the folder is left as it is.
+    init = lambda: Fit((jnp.ones(()), jnp.zeros((), int)), host.init().dendrites)
+    others = {
+        "key and start": partial(run, host._replace(init=init)),
+        "patience": partial(run, host, patience=3),
+        "the program": partial(
+            run, host._replace(programs=lambda fit: {"the program": (abs, (1,))})
+        ),
+    }
+    for name, another in others.items():
+        with pytest.raises(ValueError, match=f"of another run. What differs: {name}"):
+            another(max_sets=3, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="of another run. What differs: key and start"):
+        growth.grow(key_of(9), host, patience=2, max_sets=3, checkpoint=tmp_path / "run")
+    assert run(none, max_sets=3, checkpoint=tmp_path / "run").history == whole.history
+    (tmp_path / "notes" / "2024").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no checkpoint of this function: it holds '2024'"):
+        run(host, max_sets=3, checkpoint=tmp_path / "notes")
+
+
+def test_a_checkpoint_belongs_to_all_that_a_host_is_made_of():
+    """Data, loss, start and options: as a run is told from another."""
+
+    def prints(host):
+        first = host.init()
+        return fingerprint(host.programs(first), first, {})
+
+    def of_loss(change=0.0, rate=0.02, **options):
+        train, validation = rows(0, 70), rows(700, 740)
+        options = {"num_steps": 10, "batch_size": 10} | options
+        train = (train[0], train[1] + change)
+        return growth.from_loss(squared, PARAMS, optax.adam(rate), train, validation, **options)
+
+    def of_svi(change=0.0, rate=0.02, **options):
+        x = normal(1, 20, 2)
+        return growth.from_svi(
+            KEY, bayesian, optax.adam(rate), x, x + change, layers=("out",), num_steps=10, **options
+        )
+
+    changes = [{}, {"change": 1e-9}, {"rate": 0.03}, {"prior_scale": 2.0}, {"num_candidates": 3}]
+    for make in (of_loss, of_svi):
+        assert prints(make()) == prints(make())
+        seen = [prints(make(**change)) for change in changes]
+        assert len({str(each) for each in seen}) == len(changes)
 
 
 @pytest.mark.parametrize(

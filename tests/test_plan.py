@@ -17,15 +17,17 @@ ALLOWED = {
     "checks": set(),
     "estimators": {"types", "checks"},
     "ops": {"types", "checks"},
-    "samplers": {"types", "checks"},
+    "runs": {"types", "checks"},
+    "samplers": {"types", "checks", "runs"},
     "optim": {"types", "checks"},
     "diagnostics": {"types", "checks"},
     "numpyro": {"types", "checks", "samplers"},
-    "models": {"checks", "ops"},
+    "models": {"checks", "ops", "runs"},
 }
 # What a room gets from its hosts.
 HOSTS = {
-    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm", "orbax", "zarr", "xarray"},
+    "runs": {"jax", "numpy", "orbax"},
+    "samplers": {"jax", "numpy", "blackjax", "optax", "tqdm", "zarr", "xarray"},
     "estimators": {"jax", "optax"},
     "ops": {"jax"},
     "optim": {"jax", "optax", "blackjax", "matfree"},

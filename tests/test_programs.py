@@ -3,7 +3,9 @@
 import gc
 import subprocess
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -21,7 +23,9 @@ from tables import PROGRAMS, build, members
 import probbp
 from probbp.estimators import averaged, forward, reverse
 from probbp.numpyro import Kernel, Optim
+from probbp.runs import fingerprints
 from probbp.samplers import progress
+from probbp.samplers.programs import latest
 
 START = {"a": jnp.zeros(3), "b": (jnp.zeros(()),)}
 
@@ -149,6 +153,136 @@ def test_an_equal_loop_compiles_nothing(compiled):
     np.testing.assert_array_equal(run(one), 6)
     assert not compiled
     np.testing.assert_array_equal(run(two), 12)
+
+
+@members(PROGRAMS)
+def test_a_log_density_is_traced_as_often_as_it_is_evaluated(name):
+    """Once at the start, as by `blackjax.nuts.init`, and in the step as the table says."""
+    traced = []
+
+    def counted_fn(x):
+        traced.append(x)
+        return logdensity_fn(x)
+
+    algorithm = build(name, counted_fn)
+    state = jax.eval_shape(algorithm.init, START, jax.random.key(0))
+    assert len(traced) == 1
+    traced.clear()
+    jax.eval_shape(algorithm.step, jax.random.key(1), state)
+    assert len(traced) == PROGRAMS[name].evaluations
+
+
+def test_a_start_evaluates_once_and_a_compiled_step_is_traced_once():
+    traced = []
+
+    def counted_fn(x):
+        traced.append(x)
+        return logdensity_fn(x)
+
+    algorithm = build("mala", counted_fn)
+    state = algorithm.init(START)
+    assert len(traced) == 1
+    step = jax.jit(algorithm.step)
+    for key in jax.random.split(jax.random.key(0), 3):
+        state, _ = step(key, state)
+    assert len(traced) == 2
+
+
+def test_threads_keep_their_own_programs():
+    """A thread that comes between the comparison and the answer changes nothing for the first."""
+
+    class Interrupted:
+        def __eq__(self, other):
+            if not isinstance(other, Interrupted):
+                return False
+            thread = threading.Thread(target=latest, args=(("another",), {}, "another's"))
+            thread.start()
+            thread.join(timeout=10)
+            return not thread.is_alive()
+
+        __hash__ = None
+
+    assert latest((Interrupted(),), {}, "ours") == "ours"
+    assert latest((Interrupted(),), {}, "the same") == "ours"
+    # By now the latest call is the other thread's.
+    assert latest((Interrupted(),), {}, "once more") == "once more"
+
+
+def test_threads_sample_their_own_densities():
+    """At once, and as one after the other."""
+    centres = [jnp.full(3, 1.0), jnp.full(3, -100.0)] * 2
+
+    def run(centre):
+        around = lambda x: logdensity_fn({"a": x["a"] - centre, "b": x["b"]})
+        start = {"a": centre, "b": START["b"]}
+        options = {"num_warmup": 0, "num_samples": 5, "num_chains": 1, "metric": None}
+        return probbp.sample(
+            jax.random.key(0), partial(probbp.mala, around), start, progress_bar=False, **options
+        )
+
+    alone = [run(centre) for centre in centres[:2]] * 2
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(run, centres), alone, strict=True):
+            same(ours, theirs, rtol=0)
+
+
+def test_nothing_is_kept_of_a_call_that_is_being_traced():
+    """A tracer would outlive its trace, and meet the data of the next call."""
+    loop = partial(probbp.checkpointed_scan, length=2, progress_bar=False)
+    words = "can't be inside jax.jit, jax.vmap or jax.grad. Call it outside"
+    with pytest.raises(TypeError, match=words):
+        jax.jit(lambda data: loop(lambda x, _: (x + data, x), jnp.zeros(2)))(jnp.ones(2))
+    with pytest.raises(TypeError, match=words):
+        jax.vmap(lambda x: loop(lambda x, _: (x + 1, x), x))(jnp.ones(2))
+    carry, _ = loop(lambda x, _: (x + jnp.ones(2), x), jnp.zeros(2))
+    np.testing.assert_array_equal(carry, 2)
+
+
+def test_data_of_jax_are_known_by_identity(compiled, monkeypatch):
+    """Nothing reads them to find out that they are the same; equal ones elsewhere are read."""
+    read, contiguous = [], np.ascontiguousarray
+
+    def noted(value):
+        read.append(np.size(value))
+        return contiguous(value)
+
+    monkeypatch.setattr(fingerprints.np, "ascontiguousarray", noted)
+    data = jnp.arange(1000.0)
+    copy, changed = jnp.array(data), jnp.nextafter(data, jnp.inf)
+    around = lambda data: partial(probbp.mala, lambda x: logdensity_fn(x) - jnp.sum(data) / 1e9)
+    first = quiet(0, around(data), num_samples=2)
+    compiled.clear()
+    read.clear()  # compiling reads them
+    quiet(0, around(data), num_samples=2)
+    assert not compiled
+    assert max(read, default=0) < data.size
+    copied = quiet(0, around(copy), num_samples=2)
+    assert not compiled
+    assert max(read) == data.size
+    same(first, copied, rtol=0)
+    quiet(0, around(changed), num_samples=2)
+    assert compiled
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.array([0.0]), np.array([-0.0])),
+        (np.array([1, 2]), np.array([[1, 2]])),
+        (np.array([1.0]), np.array([1])),
+        (jax.random.key_data, lambda key: key),
+        (lambda key: key, lambda key: jax.random.wrap_key_data(1 + jax.random.key_data(key))),
+    ],
+    ids=["signs", "shapes", "dtypes", "keys and their data", "keys"],
+)
+def test_constants_are_compared_to_the_last_bit(one, other):
+    one, other = (f(jax.random.key(0)) if callable(f) else f for f in (one, other))
+    assert not fingerprints.same_bits(one, other)
+    assert fingerprints.same_bits(one, jax.tree.map(lambda x: x.copy(), one))
+
+
+def test_a_nan_is_the_same_nan():
+    assert fingerprints.same_bits(jnp.full(3, jnp.nan), np.full(3, np.nan))
 
 
 def test_data_that_have_changed_are_seen():

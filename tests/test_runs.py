@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import long_run
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 import probbp
-from probbp.samplers import checkpoints, progress, sinks, streams
+from probbp.runs import checkpoints
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import progress, sinks, streams
 from probbp.samplers.adaptation import adaptation
-from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import programs
 from probbp.samplers.scan import checkpointed_scan
 
@@ -301,10 +303,38 @@ def test_damaged_draws(run):
     pieces = run / "draws.zarr" / "posterior" / "a" / "c" / "0"
     piece = pieces / "1" / "0"
     flip(piece)
-    with pytest.raises(ValueError, match="(?i)checksum"):
+    with pytest.raises(ValueError, match="posterior/a/c/0/1/0 is not what this run wrote there"):
         draw(checkpoint=run)
     piece.unlink()
     with pytest.raises(ValueError, match="lacks 1 of the 4 pieces of posterior/a"):
+        draw(checkpoint=run)
+
+
+@pytest.mark.parametrize("taken", ["piece", "piece and seal"])
+@pytest.mark.parametrize("place", ["another run", "another place", "another variable"])
+def test_draws_of_another_run_or_place_are_not_taken_for_this_run_s(run, tmp_path, taken, place):
+    """Their checksums are right, and their shapes."""
+    draws = run / "draws.zarr" / "posterior"
+    ours = draws / "a" / "c" / "0" / "1" / "0", draws / "a" / "seals" / "1"
+    theirs = {
+        "another place": (draws / "a" / "c" / "0" / "2" / "0", draws / "a" / "seals" / "2"),
+        "another variable": (draws / "exp" / "c" / "0" / "1" / "0", draws / "exp" / "seals" / "1"),
+    }
+    if place == "another run":
+        draw(checkpoint=tmp_path / "other", key=1)
+        other = tmp_path / "other" / "draws.zarr" / "posterior" / "a"
+        theirs[place] = other / "c" / "0" / "1" / "0", other / "seals" / "1"
+    for source, target in zip(theirs[place], ours, strict=True):
+        shutil.copy(source, target)
+        if taken == "piece":
+            break
+    with pytest.raises(ValueError, match="a/c/0/1/0 is not what this run wrote there: .* seal"):
+        draw(checkpoint=run)
+
+
+def test_a_seal_that_is_lost_is_missed(run):
+    (run / "draws.zarr" / "sample_stats" / "lp" / "seals" / "0").unlink()
+    with pytest.raises(ValueError, match="lp/c/0/0 is not what this run wrote there"):
         draw(checkpoint=run)
 
 
@@ -325,6 +355,17 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(tmp_path, run):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("number", ["7", "2024"])
+def test_what_lies_among_the_states_is_left_alone(run, number):
+    """A run keeps its two newest states: older and damaged ones are removed, no others."""
+    photos = run / checkpoints.STATES / number
+    photos.mkdir()
+    (photos / "beach.jpg").write_text("sand")
+    with pytest.raises(ValueError, match=f"it holds 'states/{number}/beach.jpg'. Name a folder"):
+        draw(checkpoint=run)
+    assert (photos / "beach.jpg").read_text() == "sand"
+
+
 def test_links_out_of_the_folder_are_refused(run, tmp_path):
     outside = tmp_path / "outside"
     state = states(run)[-1]
@@ -336,6 +377,34 @@ def test_links_out_of_the_folder_are_refused(run, tmp_path):
     os.symlink(Path("..", "..", "..", "outside"), state / "arrays")
     with pytest.raises(ValueError, match="is a link to"):
         draw(checkpoint=run)
+
+
+@pytest.mark.parametrize("name", ["draws", "[d]raws*"])
+def test_what_is_not_the_run_s_own_is_not_removed(name, tmp_path, monkeypatch):
+    """Folders beside a store whose names begin as that of an unfinished one would."""
+    others = [tmp_path / f"{name}.partial-{end}" for end in ("1", str(os.getpid()), "thesis")]
+    others += [tmp_path / "draws.partial-1", tmp_path / "d.partial-2"]
+    for folder in others:
+        folder.mkdir(exist_ok=True)
+        (folder / "mine.txt").write_text("mine")
+    # A marker that is none, another run's, and none of this folder's own.
+    (others[0] / "zarr.json").write_text('{"attributes": []}')
+    (tmp_path / "away").mkdir()
+    for key, folder in ((1, tmp_path / name), (0, tmp_path / "away" / name)):
+        with monkeypatch.context() as patch:
+            stop(patch, (streams, "_digest"), 1)
+            with pytest.raises(Stop):
+                draw(key=key, stream=folder)
+    (theirs,) = {*tmp_path.glob("*.partial-*")} - {*others}
+    (ours,) = (tmp_path / "away").iterdir()
+    (tmp_path / f"{name}.partial-link").symlink_to(ours)
+    (others[2] / "zarr.json").symlink_to(ours / "zarr.json")
+    own = shutil.copytree(ours, tmp_path / f"{name}.partial-own")
+    draw(stream=tmp_path / name)
+    assert not own.exists()
+    assert theirs.exists()
+    assert (ours / "zarr.json").exists()
+    assert all((folder / "mine.txt").read_text() == "mine" for folder in others)
 
 
 @pytest.mark.parametrize("name", ["../../escape", "..", "a/b"])
@@ -432,6 +501,35 @@ def test_a_fingerprint_sees_what_is_computed_and_not_in_which_order():
         for n in (3, 4)
     ]
     assert loops[0][0] != loops[1][0]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange,
+        jnp.arange,
+        lambda num: [f"row {i}" for i in range(num)],
+        lambda num: np.array([f"row {i}" for i in range(num)], dtype=object),
+        lambda num: pd.Index(range(num)).astype(str),
+        lambda num: pd.date_range("2020-01-01", periods=num),
+        lambda num: xr.DataArray(np.arange(num) / 7),
+    ],
+)
+def test_a_fingerprint_reads_all_of_a_setting(labels):
+    """Also what a `repr` leaves out: with 1,200 labels, those in the middle."""
+
+    def of(labels, **others):
+        settings = {"coords": {"row": labels, **others}}
+        return fingerprint({}, (), settings)["coords"]
+
+    num, order = 1200, np.arange(1200)
+    order[[600, 601]] = order[[601, 600]]
+    swapped = labels(num)
+    swapped = [swapped[i] for i in order] if isinstance(swapped, list) else swapped[order]
+    assert of(labels(num)) == of(labels(num))
+    assert of(swapped) != of(labels(num))
+    assert of(labels(num), one=[1]) != of(labels(num), two=[1])
+    assert of(labels(3)) != of(labels(4))
 
 
 def test_another_order_of_sums_is_told(tmp_path):

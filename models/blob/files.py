@@ -11,7 +11,7 @@ import numpy as np
 
 from probbp.checks import check_choice
 from probbp.models.blob.model import BayesianLora
-from probbp.models.saving import orbax
+from probbp.runs.checkpoints import check_inside, orbax
 
 
 def save(
@@ -73,7 +73,8 @@ def load(lora: BayesianLora, path: str | os.PathLike[str]) -> dict[str, jax.Arra
 
     Raises:
         ImportError: without the package of that format.
-        ValueError: where the adapter is that of another network, rank, alpha or prior.
+        ValueError: where the adapter is that of another network, rank, alpha or prior, and where
+            the directory holds a link out of itself.
     """
     read = _load_orbax if os.path.isdir(path) else _load_safetensors
     arrays, metadata = read(lora, path)
@@ -102,6 +103,7 @@ def _load_orbax(lora, path):
     path = os.path.abspath(path)
     if not os.path.isdir(os.path.join(path, "params")):
         raise ValueError(f"The directory {path} is not an adapter that save wrote.")
+    check_inside(path)
     with _orbax() as (ocp, checkpointer):
         # Shapes first: Orbax would cut or pad arrays of another shape.
         stored = checkpointer.metadata(path).item_metadata["params"]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import optax
 from tqdm.auto import tqdm
 
 from probbp.checks import check_count
-from probbp.models.diffusion import files
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
 
 
 class Descent(NamedTuple):
@@ -48,7 +51,8 @@ def descend(
     """Take steps of an optimiser on `loss_fn(params, rng_key, data)`, each with a key of its own.
 
     The same key gives the same run, also where that was interrupted: a second call with the same
-    checkpoint goes on from the last that was written.
+    checkpoint goes on from the last that was written. It belongs to the key, the loss with all that
+    it closes over, the start, the data, the optimiser and `num_steps`; others are refused.
 
     Args:
         rng_key: of the run.
@@ -71,8 +75,44 @@ def descend(
     """
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
 
-    @partial(jax.jit, static_argnums=3, donate_argnums=0)
-    def advance(state, begin, data, length):
+    data = jax.tree.map(jnp.asarray, data)
+    steps = _steps(loss_fn, optimiser, decay)
+    advance = jax.jit(steps, static_argnums=4, donate_argnums=1)
+    on = devices(None, 1)
+    # Copies, because the compiled loop writes over its argument.
+    params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
+    state = Descent(params, average, optimiser.init(params), jnp.full(num_steps, jnp.nan))
+    done = 0
+    with ExitStack() as stack:
+        save = None
+        if checkpoint is not None:
+            like = jax.eval_shape(lambda: state)
+            one_step = partial(lambda data, *args: steps(*args, data, 1), data)
+            described = {"the training step or its data": (one_step, (rng_key, like, 0))}
+            prints = fingerprint(described, (rng_key, params), {"num_steps": num_steps})
+            found = checkpoints.newest(checkpoint, prints, lambda done, note: like)
+            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
+            if found is not None:
+                done, state = found.done, on.put(found.state)
+        bar = tqdm(total=num_steps, initial=done, desc=title, disable=not progress_bar)
+        stack.enter_context(bar)
+        while done < num_steps:
+            length = min(every, num_steps - done)
+            state = advance(rng_key, state, done, data, length)
+            losses = np.asarray(state.losses[done : done + length])
+            _check_finite(losses, done)
+            done += length
+            bar.update(length)
+            bar.set_postfix_str(f"loss {losses.mean():.4g}", False)
+            if save is not None:
+                save(done, state)
+    return state
+
+
+def _steps(loss_fn, optimiser, decay):
+    """Return `(rng_key, state, begin, data, length) -> state` after so many steps."""
+
+    def steps(rng_key, state, begin, data, length):
         def step(state, n):
             key = jax.random.fold_in(rng_key, n)
             loss, grad = jax.value_and_grad(loss_fn)(state.params, key, data)
@@ -89,26 +129,13 @@ def descend(
 
         return jax.lax.scan(step, state, begin + jnp.arange(length))[0]
 
-    # Copies, because the compiled loop writes over its argument.
-    params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
-    state = Descent(params, average, optimiser.init(params), jnp.full(num_steps, jnp.nan))
-    done = 0
-    if checkpoint is not None:
-        done, state = files.restore(checkpoint, state)
-    with tqdm(total=num_steps, initial=done, desc=title, disable=not progress_bar) as bar:
-        while done < num_steps:
-            length = min(every, num_steps - done)
-            state = advance(state, done, data, length)
-            losses = np.asarray(state.losses[done : done + length])
-            if not np.isfinite(losses).all():
-                raise FloatingPointError(
-                    f"The loss is {losses[~np.isfinite(losses)][0]} within steps {done} to "
-                    f"{done + length}. Lower the learning rate, or clip by "
-                    "optax.clip_by_global_norm."
-                )
-            done += length
-            bar.update(length)
-            bar.set_postfix_str(f"loss {losses.mean():.4g}", False)
-            if checkpoint is not None:
-                files.save(checkpoint, done, state)
-    return state
+    return steps
+
+
+def _check_finite(losses, begin):
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"The loss is {losses[~np.isfinite(losses)][0]} within steps {begin} to "
+            f"{begin + len(losses)}. Lower the learning rate, or clip by "
+            "optax.clip_by_global_norm."
+        )

@@ -67,7 +67,7 @@ def train(
             without one and its guidance be strengthened (Ho & Salimans, 2022, arXiv:2207.12598).
         decay: of the average of parameters that is returned, by step.
         checkpoint: a folder of Orbax checkpoints, made where it is not there; a second call goes on
-            from the last. It belongs to this key, network and these options.
+            from the last. It belongs to this key, network, data and these options.
         every: steps between checkpoints.
         progress_bar: whether to show steps and loss.
 

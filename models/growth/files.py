@@ -1,97 +1,32 @@
-"""The state machine on disk: Orbax checkpoints, one a phase, of which the last is kept."""
+"""The state machine on disk: networks of arrays, whose shapes their masks tell, and a note."""
 
-import os
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from probbp.models.growth.machine import Event, Fit, Host, State
-from probbp.models.saving import orbax
 
 FITS = ("current", "best", "kept")
 
 
-def is_there(folder: str | os.PathLike[str]) -> bool:
-    """Return whether the folder holds a checkpoint."""
-    with _manager(folder) as manager:
-        return manager.latest_step() is not None
-
-
-def save(folder: str | os.PathLike[str], state: State) -> None:
-    """Write the state, and drop the one before."""
-    ocp = orbax()
+def parts(state: State) -> tuple[dict[str, Fit], dict[str, Any]]:
+    """Return the networks of a state, and all else as JSON has it."""
     fits = {name: getattr(state, name) for name in FITS}
-    # Orbax stores no array without entries: those are told by their shapes.
-    arrays = {
-        f"{name}_{i}": leaf
-        for name, fit in fits.items()
-        for i, leaf in enumerate(jax.tree.leaves(fit))
-        if np.size(leaf)
-    }
-    rest = {name: value for name, value in state._asdict().items() if name not in FITS}
-    rest["history"] = [list(event) for event in state.history]
-    rest["masks"] = {
+    note = {name: value for name, value in state._asdict().items() if name not in FITS}
+    note["history"] = [list(event) for event in state.history]
+    note["masks"] = {
         name: {layer: np.asarray(d.mask).tolist() for layer, d in fit.dendrites.items()}
         for name, fit in fits.items()
     }
-    with _manager(folder) as manager:
-        manager.save(
-            state.step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), rest=ocp.args.JsonSave(rest)
-            ),
-        )
+    return fits, note
 
 
-def restore(folder: str | os.PathLike[str], host: Host) -> State:
-    """Read the last state that was written.
-
-    Raises:
-        ValueError: where it is that of another network.
-    """
-    ocp = orbax()
-    with _manager(folder) as manager:
-        step = manager.latest_step()
-        args = ocp.args.Composite(rest=ocp.args.JsonRestore())
-        rest = manager.restore(step, args=args)["rest"]
-        templates = {name: host.like(masks) for name, masks in rest.pop("masks").items()}
-        targets = {
-            f"{name}_{i}": jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-            for name, fit in templates.items()
-            for i, leaf in enumerate(jax.tree.leaves(fit))
-            if np.size(leaf)
-        }
-        # Shapes first: Orbax would cut or pad arrays of another shape.
-        stored = manager.item_metadata(step)["arrays"]
-        if {k: tuple(v.shape) for k, v in stored.items()} != {
-            k: v.shape for k, v in targets.items()
-        }:
-            raise ValueError(
-                f"The checkpoint in {folder} is of another network or optimiser. Take another "
-                "folder."
-            )
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        targets = {
-            name: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=sharding)
-            for name, t in targets.items()
-        }
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
-        arrays = manager.restore(step, args=args)["arrays"]
-
-    def filled(name, fit: Fit):
-        leaves, tree = jax.tree.flatten(fit)
-        return jax.tree.unflatten(
-            tree, [arrays.get(f"{name}_{i}", leaf) for i, leaf in enumerate(leaves)]
-        )
-
-    fits = {name: filled(name, fit) for name, fit in templates.items()}
-    history = tuple(Event(*event) for event in rest.pop("history"))
-    return State(**fits, history=history, **rest)
+def like(host: Host, note: dict[str, Any]) -> dict[str, Fit]:
+    """Return networks of the shapes that a note tells."""
+    return {name: host.like(masks) for name, masks in note["masks"].items()}
 
 
-def _manager(folder):
-    ocp = orbax()
-    handlers = {"arrays": ocp.StandardCheckpointHandler(), "rest": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(os.path.abspath(folder), options=options, item_handlers=handlers)
+def joined(fits: dict[str, Fit], note: dict[str, Any]) -> State:
+    """Return the state of which these are the parts."""
+    rest = {name: value for name, value in note.items() if name not in ("history", "masks")}
+    return State(**fits, history=tuple(Event(*event) for event in note["history"]), **rest)

@@ -10,7 +10,7 @@ import optax
 
 from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Acceptance, Search, check_acceptance, propose
-from probbp.models.growth.machine import Fit, Host
+from probbp.models.growth.machine import Fit, Host, programs_of
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Dendrites, Observation
 
@@ -130,15 +130,22 @@ def from_loss(
         }
         return fresh(fit.state[0], dendrites)
 
+    def epoch(rng_key, fit):
+        return run_epoch(rng_key, fit, train, validation)
+
+    def propose_dendrites(rng_key, fit):
+        return run_propose(rng_key, fit, train, validation)
+
     return Host(
         init=lambda: like({name: [None] * (slots or 0) for name in kernels}),
         like=like,
-        epoch=lambda rng_key, fit: run_epoch(rng_key, fit, train, validation),
-        propose=lambda rng_key, fit: run_propose(rng_key, fit, train, validation),
+        epoch=epoch,
+        propose=propose_dendrites,
         grow=grow,
         params=lambda fit: fit.state[0],
         layer=layer_fn,
         max_sets=slots,
+        programs=programs_of(epoch, propose_dendrites),
     )
 
 

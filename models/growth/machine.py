@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,9 @@ from tqdm.auto import tqdm
 from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Proposal
 from probbp.ops.dendrites import Dendrites, num_params
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
 
 
 class Fit(NamedTuple):
@@ -37,6 +41,7 @@ class Host(NamedTuple):
         params: `fit -> parameters`, without the dendrites.
         layer: `dendrites -> layer`, as the network was trained with it.
         max_sets: how many sets there is room for, or `None`.
+        programs: `fit -> ` names to functions and their arguments: what a checkpoint belongs to.
     """
 
     init: Callable[[], Fit]
@@ -47,6 +52,7 @@ class Host(NamedTuple):
     params: Callable[[Fit], Any]
     layer: Callable[[dict[str, Dendrites]], Any]
     max_sets: int | None
+    programs: Callable[[Fit], dict[str, tuple[Callable, tuple]]]
 
 
 class Event(NamedTuple):
@@ -158,7 +164,7 @@ def grow(
         every: ask for dendrites every so many epochs, before the plateau; where none is asked for
             training goes on. By default the plateau alone is the trigger.
         checkpoint: a folder of Orbax checkpoints, made where it is not there. It belongs to this
-            key, host and these options.
+            key, host with its data, and these options.
         progress_bar: whether to show epochs, score and dendrites.
 
     Returns:
@@ -167,7 +173,8 @@ def grow(
     Raises:
         FloatingPointError: where the score of the first epoch is not finite.
         ImportError: for a checkpoint without the package orbax-checkpoint.
-        ValueError: for counts that are not positive, and more sets than slots.
+        ValueError: for counts that are not positive, more sets than slots, and another run's
+            checkpoint.
 
     Reference:
         Brenner & Itti, 2025, arXiv:2501.18018; the phases as in the authors' open-source library.
@@ -186,9 +193,18 @@ def grow(
     steps = {"neurons": _train, "dendrites": _sprout}
     first = host.init()
     state = State(first, first, first)
-    if checkpoint is not None and files.is_there(checkpoint):
-        state = files.restore(checkpoint, host)
-    with tqdm(total=None, initial=state.epoch, unit=" epochs", disable=not progress_bar) as bar:
+    with ExitStack() as stack:
+        save = None
+        if checkpoint is not None:
+            on = devices(None, 1)
+            prints = fingerprint(host.programs(first), (rng_key, first), rules._asdict())
+            like = lambda done, note: files.like(host, note)
+            found = checkpoints.newest(checkpoint, prints, like)
+            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
+            if found is not None:
+                state = files.joined(on.put(found.state), found.note)
+        bar = tqdm(total=None, initial=state.epoch, unit=" epochs", disable=not progress_bar)
+        stack.enter_context(bar)
         while state.phase != "done":
             phase, key = state.phase, jax.random.fold_in(rng_key, state.step)
             state = steps[phase](key, state, host, rules)._replace(step=state.step + 1)
@@ -197,11 +213,25 @@ def grow(
             bar.set_postfix_str(
                 f"score {state.best_score:.4g}, dendrites {last.num_dendrites}", False
             )
-            if checkpoint is not None and state.phase != phase:
-                files.save(checkpoint, state)
+            if save is not None and state.phase != phase:
+                save(state.step, *files.parts(state))
     return Grown(
         host.params(state.best), state.best.dendrites, float(state.best_score), state.history
     )
+
+
+def programs_of(epoch: Callable, propose: Callable) -> Callable[[Fit], dict[str, tuple]]:
+    """Return the `programs` of a host whose functions are JAX's."""
+
+    def programs(fit):
+        # Masks may be read on the way, and so they are no arguments.
+        args = jax.random.key(0), fit.state
+        return {
+            "the training or its data": (lambda k, s: epoch(k, Fit(s, fit.dendrites)), args),
+            "the search for dendrites": (lambda k, s: propose(k, Fit(s, fit.dendrites)), args),
+        }
+
+    return programs
 
 
 def note(state: State, kind: str, score: float) -> State:

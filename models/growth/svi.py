@@ -19,7 +19,7 @@ from numpyro.infer.svi import SVIState
 
 from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Proposal, Search, by_layer, said
-from probbp.models.growth.machine import Fit, Host
+from probbp.models.growth.machine import Fit, Host, programs_of
 from probbp.models.growth.weights import connected, masks_of, random_layer, sites_of
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Observation
@@ -201,6 +201,7 @@ def from_svi(
         params=lambda fit: program(masks_of(fit.dendrites)).constrained(fit.state),
         layer=layer_fn,
         max_sets=None,
+        programs=programs_of(epoch, propose),
     )
 
 

@@ -16,13 +16,14 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from probbp.samplers import checkpoints, checks, progress, sinks, streams
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import checks, progress, sinks, streams
 from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import check_algorithm, own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
-from probbp.samplers.devices import devices
 from probbp.samplers.endings import advice_on_memory, distance, resumable, warn_of_a_run
-from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree
 
@@ -266,7 +267,7 @@ def sample(
             if checkpoint is not None:
                 moments = progress.no_draws(streams.moments_like(template))
                 like = (carry, moments, np.zeros((), int))
-                found = checkpoints.newest(checkpoint, prints, lambda done: like, (DRAWS,))
+                found = checkpoints.newest(checkpoint, prints, lambda done, note: like, (DRAWS,))
                 save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
             num_written = 0 if found is None else max(0, found.done - num_warmup)
             path = Path(folder, DRAWS) if stream is None else Path(folder)
@@ -278,7 +279,7 @@ def sample(
             carry = on.jit(program.init)(on.jit(init_keys)(key_init), position)
             checks.check_start(on.get(carry[0].logdensity))
         else:
-            done, (carry, moments, divergent) = found
+            done, (carry, moments, divergent) = found.done, found.state
             carry = on.put(carry)
             if moments.count:
                 sink.note(moments)

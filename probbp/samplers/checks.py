@@ -32,17 +32,32 @@ def check_position(position: Tree) -> None:
 
 def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
     """Require a real scalar."""
-    out = jax.eval_shape(keyed(logdensity_fn, jax.random.key(0)), position)
-    if not isinstance(out, jax.ShapeDtypeStruct):
+    jax.eval_shape(keyed(scalar(logdensity_fn), jax.random.key(0)), position)
+
+
+def scalar(logdensity_fn: LogDensity) -> LogDensity:
+    """Return the log density, which requires of its value that it is a real scalar.
+
+    So that it need not be traced for that alone.
+    """
+    if keyed(logdensity_fn, jax.random.key(0)) is logdensity_fn:
+        return lambda position: _required_scalar(logdensity_fn(position))
+    return lambda position, rng_key: _required_scalar(keyed(logdensity_fn, rng_key)(position))
+
+
+def _required_scalar(out):
+    if not isinstance(out, jax.Array | np.ndarray | np.generic | float | int | complex):
         raise TypeError(
             f"logdensity_fn must return one scalar, not {type(out).__name__}; "
             "drop auxiliary outputs (`lambda x: logdensity_fn(x)[0]`)."
         )
-    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+    shape, dtype = jnp.shape(out), jnp.result_type(out)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"logdensity_fn must return a floating-point scalar, got shape {out.shape} and dtype "
-            f"{out.dtype}. Sum the terms of the log density (`jnp.sum`)."
+            f"logdensity_fn must return a floating-point scalar, got shape {shape} and dtype "
+            f"{dtype}. Sum the terms of the log density (`jnp.sum`)."
         )
+    return out
 
 
 def check_start(logdensity: jax.Array) -> None:

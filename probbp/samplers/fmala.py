@@ -54,12 +54,11 @@ def init(
         ValueError: for a log density that is not finite at the position.
     """
     checks.check_position(position)
-    checks.check_logdensity(logdensity_fn, position)
     position = jax.tree.map(jnp.asarray, position)
     rng_key = key_of(position) if rng_key is None else rng_key
     white = whitening(inverse_mass_matrix, position)
     tangent = generate_unit_vector(rng_key, position)
-    fun = keyed(logdensity_fn, op_key(rng_key))
+    fun = keyed(checks.scalar(logdensity_fn), op_key(rng_key))
     logdensity, slope = jax.jvp(fun, (position,), (white.unwhiten(tangent),))
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)

@@ -66,11 +66,11 @@ def init(
         ValueError: for a log density that is not finite at the position.
     """
     checks.check_position(position)
-    checks.check_logdensity(logdensity_fn, position)
     position = jax.tree.map(jnp.asarray, position)
     white = whitening(inverse_mass_matrix, position)
     rng_key = key_of(position) if rng_key is None else rng_key
-    logdensity, drift = white_value_and_grad(estimator, logdensity_fn, white)(rng_key, position)
+    value_and_grad = white_value_and_grad(estimator, checks.scalar(logdensity_fn), white)
+    logdensity, drift = value_and_grad(rng_key, position)
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
     return MALAState(position, logdensity, white.push(drift))

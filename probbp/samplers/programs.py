@@ -1,5 +1,6 @@
 """The programs of a run, each for all chains: start, warm-up, draws, and their keys."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from probbp.runs.fingerprints import constants, program_text, same_bits
 from probbp.samplers.adaptation import Adaptation, parameters, warmup_step
 from probbp.samplers.algorithm import Warmup
-from probbp.samplers.fingerprints import hash_program
 from probbp.types import Tree
 
 
@@ -114,23 +115,55 @@ def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs:
 
     JAX keeps what it has compiled with the function that it has compiled. Whether they are the same
     is read from what they are traced to, with all the data that they close over, so that no other
-    data are ever taken for them. What they call back is not seen: such programs are not kept.
+    data are ever taken for them: one array of JAX is known by its identity, others are compared to
+    the last bit. Side effects are not seen: programs that call back are not kept, nor are those of
+    a call that is being traced.
+
+    Threads share the latest call. Each gets its own programs, or some that are the same.
 
     Args:
-        sizes: what else the programs hang on.
+        sizes: what else the programs depend on.
         described: names to functions and their arguments, of which the shapes count.
-        programs: what is handed back, now or at the next call.
+        programs: what is returned, now or at the next call.
     """
     traced = [jax.make_jaxpr(fun)(*args) for fun, args in described.values()]
-    if any("callback" in str(closed) for closed in traced):
+    texts = tuple(program_text(closed) for closed in traced)
+    if any("callback" in text for text in texts):
         return programs
-    key = (sizes, *map(hash_program, traced))
-    if not (_latest and _latest[0] == key):
-        _latest[:] = key, programs
-    return _latest[1]
+    ours = _Kept((sizes, texts), [const for t in traced for const in constants(t)], programs)
+    if any(isinstance(const, jax.core.Tracer) for const in ours.constants):
+        return programs
+    with _lock:
+        kept = _latest[0] if _latest else None
+    if kept is not None and _is_same(kept, ours):
+        return kept.programs
+    with _lock:
+        _latest[:] = [ours]
+    return programs
 
 
-_latest: list[Any] = []
+class _Kept(NamedTuple):
+    """Programs, and what tells them from others.
+
+    Attributes:
+        key: compared by `==`.
+        constants: what they close over.
+        programs: of the call.
+    """
+
+    key: tuple
+    constants: list[Any]
+    programs: Any
+
+
+_latest: list[_Kept] = []
+_lock = threading.Lock()
+
+
+def _is_same(kept, ours):
+    if kept.key != ours.key or len(kept.constants) != len(ours.constants):
+        return False
+    return all(map(same_bits, kept.constants, ours.constants))
 
 
 def step_keys(

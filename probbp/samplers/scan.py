@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from probbp.samplers import checkpoints, checks
-from probbp.samplers.devices import devices
+from probbp.runs import checkpoints
+from probbp.runs.devices import devices
+from probbp.runs.fingerprints import fingerprint
+from probbp.samplers import checks
 from probbp.samplers.endings import resumable
-from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest
 from probbp.types import Tree
 
@@ -55,6 +56,7 @@ def checkpointed_scan(
 
     Raises:
         ImportError: for a checkpoint without Orbax.
+        TypeError: inside of a transformation of JAX.
         ValueError: for counts that are not positive, and a checkpoint that is damaged or another
             loop's.
 
@@ -81,6 +83,7 @@ def checkpointed_scan(
     every = -(-length // NUM_UPDATES) if every is None else every
     every = checks.check_count("every", every)
     checks.check_folder("checkpoint", checkpoint)
+    _refuse_tracers(init)
     on = devices(None, 1)
     # Once through `f`, so that Python's numbers among the carry have types.
     init = jax.tree.map(jnp.asarray, init)
@@ -92,7 +95,8 @@ def checkpointed_scan(
     run = latest((), described, jax.jit(steps, static_argnums=1))
     y = jax.eval_shape(lambda carry: f(carry, None)[1], init)
 
-    def like(done):
+    def like(done, note):
+        del note
         ys = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((done, *leaf.shape), leaf.dtype), y)
         return jax.eval_shape(lambda: init), ys
 
@@ -104,7 +108,7 @@ def checkpointed_scan(
             prints = fingerprint(described, init, settings)
             found = checkpoints.newest(checkpoint, prints, like)
             save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-        done, (carry, ys) = (0, (init, None)) if found is None else found
+        done, (carry, ys) = (0, (init, None)) if found is None else found[:2]
         carry = on.put(carry)
         history = [] if found is None else [ys]
         bar = tqdm(total=length, initial=done, disable=not progress_bar)
@@ -112,6 +116,7 @@ def checkpointed_scan(
         while done < length:
             num = min(every, length - done)
             carry, ys = run(carry, num)
+            _refuse_tracers(carry)
             history.append(jax.device_get(ys))
             done += num
             bar.update(num)
@@ -120,6 +125,14 @@ def checkpointed_scan(
                 history = [_joined(history)]
                 save(done, (carry, history[0]))
     return carry, _joined(history)
+
+
+def _refuse_tracers(carry):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(carry)):
+        raise TypeError(
+            "checkpointed_scan comes back to the host between steps: it can't be inside jax.jit, "
+            "jax.vmap or jax.grad. Call it outside of them, or take jax.lax.scan there."
+        )
 
 
 def _joined(history):

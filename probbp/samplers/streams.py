@@ -2,13 +2,15 @@
 
 The arrays are there in full from the start, and each flush fills one piece of them, so that a piece
 may be written twice: a run that was killed between a flush and its checkpoint does just that. Each
-piece bears a checksum (CRC-32C), which is verified whenever it is read.
+piece bears a checksum (CRC-32C), which is verified whenever it is read, and has a seal, which is
+verified where a run goes on.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from probbp.samplers.checkpoints import check_inside
-from probbp.samplers.devices import Devices
-from probbp.samplers.fingerprints import same_run
+from probbp.runs.checkpoints import check_inside
+from probbp.runs.devices import Devices
+from probbp.runs.fingerprints import hash_run, same_run
+from probbp.samplers import seals
 from probbp.samplers.progress import Moments, standard_deviation
 
 GROUPS = ("posterior", "sample_stats")
+UNFINISHED = ".partial-"
+"""What the name of a store goes on with while it is made."""
 
 
 class Stream(NamedTuple):
@@ -73,14 +78,15 @@ def stream(
     """
     zarr, path = _zarr(), Path(path)
     _check_names(template)
+    run = hash_run(prints)
     if on.writes:
-        for partial in path.parent.glob(f"{path.name}.partial-*"):
-            shutil.rmtree(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(path, prints)
         if not path.exists():
             _require_fresh(path, num_written)
-            new = path.with_name(f"{path.name}.partial-{os.getpid()}")
+            # Under a name that nobody has: it is there as a whole or not at all.
+            new = path.with_name(f"{path.name}{UNFINISHED}{uuid.uuid4().hex}")
             _create(new, template, num_draws, every, prints)
-            # It is there as a whole or not at all.
             os.rename(new, path)
         _check(zarr, path, template, every, prints, num_written)
         root = zarr.open_group(path, mode="r+")
@@ -94,6 +100,8 @@ def stream(
             for group, arrays in data.items():
                 for name, array in arrays.items():
                     root[group][name][:, start : start + array.shape[1]] = array
+                    if array.size:
+                        seals.put(seals.piece(path, root[group][name], start // every), run)
 
     def note(moments):
         if on.writes:
@@ -138,7 +146,11 @@ def _digest(path, template):
     sha = hashlib.sha256()
     for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
-        if len(parts) > 1 and file.is_file() and not (parts[1] in names and parts[2] == "c"):
+        if (
+            len(parts) > 1
+            and file.is_file()
+            and not (parts[1] in names and parts[2] in ("c", seals.FOLDER))
+        ):
             sha.update("/".join(parts).encode() + b"\0" + file.read_bytes())
     return sha.hexdigest()
 
@@ -187,7 +199,7 @@ def _require_fresh(path, num_written):
     if num_written:
         raise ValueError(
             f"The checkpoint knows of {num_written} draws, and {path} is not there. Bring "
-            "it back, or remove the checkpoint to start anew."
+            "it back, or remove the checkpoint to start from scratch."
         )
 
 
@@ -206,24 +218,40 @@ def _check(zarr, path, template, every, prints, num_written):
     if digest != _digest(path, template):
         raise ValueError(
             f"The layout of {path} is not what was written. Remove it, and its checkpoint if there "
-            "is one, to start anew."
+            "is one, to start from scratch."
         )
-    pieces = -(-num_written // every)
+    run, num_pieces = hash_run(prints), -(-num_written // every)
     for group in GROUPS:
         for name, array in template[group].data_vars.items():
             metadata = root[group][name].metadata
             # Whoever made it: a codec of others might run code (pickle does).
             if [codec["name"] for codec in metadata.to_dict()["codecs"]] != ["bytes", "crc32c"]:
                 raise ValueError(f"{group}/{name} in {path} has codecs that are not ours.")
-            there = sum(
-                (path / group / name / metadata.encode_chunk_key(index)).is_file()
-                for index in ((0, i, *(0,) * (array.ndim - 2)) for i in range(pieces))
-            )
-            if array.size and there < pieces:
-                raise ValueError(
-                    f"{path} lacks {pieces - there} of the {pieces} pieces of {group}/{name} that "
-                    "the checkpoint knows of. Bring them back, or remove both to start anew."
-                )
+            if array.size:
+                of_array = (seals.piece(path, root[group][name], i) for i in range(num_pieces))
+                seals.check(path, f"{group}/{name}", list(of_array), run)
+
+
+def _remove_unfinished(path, prints):
+    """Remove what an earlier process of this run began to make: what says itself that it is that.
+
+    Whatever else lies there, by whatever name, is left alone, and no link is followed.
+    """
+    for entry in os.scandir(path.parent):
+        begins = entry.name.startswith(f"{path.name}{UNFINISHED}")
+        if begins and entry.is_dir(follow_symlinks=False) and _is_of(Path(entry.path), prints):
+            shutil.rmtree(entry.path)
+
+
+def _is_of(folder, prints):
+    marker = folder / "zarr.json"
+    if marker.is_symlink() or not marker.is_file():
+        return False
+    try:
+        theirs = json.loads(marker.read_text())["attributes"]["probbp"]
+        return same_run(theirs, prints)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _open(path, container):

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from probbp.samplers.devices import nested_constants
+from probbp.runs.devices import nested_constants
 
 ORDER = "the order of sums in "
 """What may differ between two processes that run one program, but for rounding."""
@@ -30,7 +30,7 @@ def fingerprint(
     Args:
         programs: names to a function and its arguments, of which the shapes count.
         values: a pytree of arrays and keys, of which the values count.
-        settings: names to what has a readable `repr`.
+        settings: names to what has a readable `repr`, arrays, and mappings and lists of these.
 
     Returns:
         Names to texts, for JSON.
@@ -43,7 +43,7 @@ def fingerprint(
     for leaf in jax.tree.leaves(values):
         hash_array(sha, leaf)
     prints["key and start"] = sha.hexdigest()
-    prints |= {name: repr(value) for name, value in settings.items()}
+    prints |= {name: _in_full(value) for name, value in settings.items()}
     prints["version of JAX"] = jax.__version__
     prints["platform"] = jax.default_backend()
     prints["double precision"] = repr(jax.config.read("jax_enable_x64"))
@@ -52,10 +52,36 @@ def fingerprint(
 
 def hash_program(closed: jex.ClosedJaxpr) -> str:
     """Hash a program as a text, and every array that it closes over."""
-    sha = hashlib.sha256(_text(closed.jaxpr).encode())
-    for const in [*closed.consts, *nested_constants(closed.jaxpr)]:
+    sha = hashlib.sha256(program_text(closed).encode())
+    for const in constants(closed):
         hash_array(sha, const)
     return sha.hexdigest()
+
+
+def program_text(closed: jex.ClosedJaxpr) -> str:
+    """Return a program as a text that is the same in each process, but for what it closes over."""
+    return _text(closed.jaxpr)
+
+
+def constants(closed: jex.ClosedJaxpr) -> list[Any]:
+    """Return all arrays that a program closes over."""
+    return [*closed.consts, *nested_constants(closed.jaxpr)]
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Return whether two constants of programs are equal to the last bit.
+
+    One array of JAX is equal to itself, since none can be written to: its bits are not read. What
+    JAX makes of an array of NumPy is another constant in each program.
+    """
+    if one is other:
+        return True
+    if jnp.result_type(one) != jnp.result_type(other) or np.shape(one) != np.shape(other):
+        return False
+    if jnp.issubdtype(jnp.result_type(one), jax.dtypes.prng_key):
+        one, other = jax.random.key_data(one), jax.random.key_data(other)
+    one, other = (np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in (one, other))
+    return np.array_equal(one, other)
 
 
 def hash_array(sha: Any, value: Any) -> None:
@@ -71,8 +97,31 @@ def hash_array(sha: Any, value: Any) -> None:
 
 def same_run(theirs: dict[str, str], ours: dict[str, str]) -> bool:
     """Return whether two fingerprints are those of one run, in whatever order it adds."""
-    names = {name for name in theirs | ours if not name.startswith(ORDER)}
-    return all(theirs.get(name) == ours.get(name) for name in names)
+    return hash_run(theirs) == hash_run(ours)
+
+
+def hash_run(prints: dict[str, str]) -> str:
+    """Hash a fingerprint, so that those of one run, in whatever order it adds, have one hash."""
+    same = [f"{name}: {text}" for name, text in prints.items() if not name.startswith(ORDER)]
+    return _hash(sorted(same))
+
+
+def _in_full(value):
+    """Write a setting as a text. The `repr` of a long array leaves out its middle."""
+    text = _listed(value)
+    return text if len(text) < 1000 else f"sha256 {_hash([text])}"
+
+
+def _listed(value):
+    if isinstance(value, Mapping):
+        items = [f"{name!r}: {_listed(entry)}" for name, entry in value.items()]
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_listed, value))})"
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return f"{array.dtype}{array.shape} {array.tolist()!r}"
+    return repr(value)
 
 
 def _text(value):

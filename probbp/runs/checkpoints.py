@@ -11,18 +11,21 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probbp.samplers.devices import Devices
-from probbp.samplers.fingerprints import ORDER, hash_array, same_run
+from probbp.runs.devices import Devices
+from probbp.runs.fingerprints import ORDER, hash_array, same_run
 from probbp.types import Tree
 
 STATES = "states"
 """The folder of the states, in the folder of a run."""
+
+PARTS = ("arrays", "rest", "commit_success.txt")
+"""What the folder of a state holds, but for Orbax's own files, whose names begin with _."""
 
 
 class Found(NamedTuple):
@@ -31,16 +34,18 @@ class Found(NamedTuple):
     Attributes:
         done: how many steps the run had made.
         state: the state, NumPy arrays and keys.
+        note: what was saved with it beside the arrays.
     """
 
     done: int
     state: Tree
+    note: Any
 
 
 def newest(
     folder: str | os.PathLike[str],
     prints: dict[str, str],
-    like: Callable[[int], Tree],
+    like: Callable[[int, Any], Tree],
     others: tuple[str, ...] = (),
 ) -> Found | None:
     """Return the newest state that is intact, or `None` where the run has not begun.
@@ -48,7 +53,7 @@ def newest(
     Args:
         folder: of the run.
         prints: of the run, by `fingerprint`.
-        like: steps that were made to the shapes of the state.
+        like: steps that were made, and the note, to the shapes of the state.
         others: how the names of what else may lie in the folder begin.
 
     Raises:
@@ -63,8 +68,7 @@ def newest(
     if not folder.exists():
         return None
     check_inside(folder)
-    names = [entry.name for entry in folder.iterdir()]
-    strangers = [name for name in names if not name.startswith((STATES, *others))]
+    strangers = _strangers(folder, others)
     if strangers:
         raise ValueError(
             f"{folder} is no checkpoint of this function: it holds {min(strangers)!r}. Name a "
@@ -81,7 +85,7 @@ def newest(
             if not same_run(rest["prints"], prints):
                 raise ValueError(_words_of_difference(folder, rest["prints"], prints))
             try:
-                state = _read_arrays(manager, step, rest, like(rest["done"]))
+                state = _read_arrays(manager, step, rest, like(rest["done"], rest["note"]))
             except Exception as error:
                 damage[step] = error
                 continue
@@ -99,24 +103,24 @@ def newest(
                     "variable PYTHONHASHSEED.",
                     stacklevel=3,
                 )
-            return Found(rest["done"], state)
+            return Found(rest["done"], state, rest["note"])
     if damage:
         step, error = max(damage.items())
         raise ValueError(
             f"No checkpoint in {folder} is intact. The newest, after {step} steps, says: "
-            f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start anew."
+            f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start from scratch."
         ) from error
     return None
 
 
 @contextmanager
 def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found | None, on: Devices):
-    """Yield `save(done, state)`, which keeps the two newest states.
+    """Yield `save(done, state, note=None)`, which keeps the two newest states.
 
-    The state's leaves must be whole on each process. Those on disk that are newer than `found` are
-    damaged, and removed.
+    A note is anything that JSON has. The state's leaves must be whole on each process. States on
+    disk that are newer than `found` are damaged, and removed.
     """
-    ocp = _orbax()
+    ocp = orbax()
     start = -1 if found is None else found.done
     if on.writes:
         for path in Path(folder, STATES).glob("*"):
@@ -125,7 +129,7 @@ def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found |
     on.wait("probbp checkpoints")
     with _manager(folder) as manager:
 
-        def save(done, state):
+        def save(done, state, note=None):
             leaves = jax.tree.leaves(state)
             keys = {
                 str(i): str(jax.random.key_impl(leaf))
@@ -133,7 +137,8 @@ def saver(folder: str | os.PathLike[str], prints: dict[str, str], found: Found |
                 if _is_key(leaf)
             }
             arrays = {str(i): _as_numpy(leaf) for i, leaf in enumerate(leaves)}
-            rest = {"done": done, "keys": keys, "prints": prints, "arrays": _digest(arrays)}
+            rest = {"done": done, "note": note, "keys": keys, "prints": prints}
+            rest["arrays"] = _digest(arrays)
             rest["text"] = _digest_of_text(rest)
             # Orbax stores no array without entries: those are told by their shapes.
             arrays = {name: array for name, array in arrays.items() if array.size}
@@ -167,8 +172,37 @@ def check_inside(folder: str | os.PathLike[str]) -> None:
                     )
 
 
+def orbax() -> Any:
+    """Return the module `orbax.checkpoint`.
+
+    Raises:
+        ImportError: without the package, naming the extra that has it.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
+        ) from error
+    return ocp
+
+
+def _strangers(folder, others):
+    """Return what no run of this room wrote: whoever goes on removes old states."""
+    names = [entry.name for entry in folder.iterdir()]
+    found = [name for name in names if not name.startswith((STATES, *others))]
+    for state in sorted(path for path in (folder / STATES).glob("*") if path.name.isdigit()):
+        within = [entry.name for entry in state.iterdir()] if state.is_dir() else [""]
+        found += [
+            f"{STATES}/{state.name}/{name}".removesuffix("/")
+            for name in within
+            if name not in PARTS and not name.startswith("_")
+        ]
+    return found
+
+
 def _read_rest(manager, step):
-    ocp = _orbax()
+    ocp = orbax()
     rest = manager.restore(step, args=ocp.args.Composite(rest=ocp.args.JsonRestore()))["rest"]
     if not isinstance(rest, dict) or rest.pop("text", None) != _digest_of_text(rest):
         raise ValueError("its text is not what was written")
@@ -176,7 +210,7 @@ def _read_rest(manager, step):
 
 
 def _read_arrays(manager, step, rest, like):
-    ocp = _orbax()
+    ocp = orbax()
     leaves, structure = jax.tree.flatten(like)
     plain = {
         str(i): jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
@@ -241,19 +275,9 @@ def _as_numpy(leaf):
 
 @contextmanager
 def _manager(folder):
-    ocp = _orbax()
+    ocp = orbax()
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "rest": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     path = os.path.join(os.path.abspath(folder), STATES)
     with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
         yield manager
-
-
-def _orbax():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints need the package orbax-checkpoint: pip install 'probbp[runs]'."
-        ) from error
-    return ocp
