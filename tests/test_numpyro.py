@@ -610,6 +610,26 @@ def test_a_model_that_reverse_mode_refuses_is_fitted(elbo):
     assert abs(params["mean_auto_loc"] - MOMENTS["mean"][0]) < 0.25
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "options", "chain_method"),
+    [
+        (probbp.mala, {}, "sequential"),
+        (probbp.mala, {}, "vectorized"),
+        (blackjax.mala, {"metric": None, "target_accept_prob": 0.6}, "vectorized"),
+        (probbp.surrogate, {}, "vectorized"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Out-of-support:UserWarning")  # of one chain, NumPyro's
+def test_a_chain_that_starts_where_the_log_density_is_no_number_is_refused(
+    algorithm, options, chain_method
+):
+    model = lambda: numpyro.sample("a", dist.Normal(0, 1))
+    start = {"a": jnp.array([0.0, jnp.nan])}
+    mcmc = mcmc_of(Kernel(model, algorithm, **options), 20, 20, chain_method=chain_method)
+    with pytest.raises(ValueError, match="The log density at the start is .*a chain can't leave"):
+        mcmc.run(jax.random.key(0), init_params=start)
+
+
 def no_sites(y):
     numpyro.sample("y", dist.Normal(0, 1).expand([len(y)]).to_event(1), obs=y)
 

@@ -164,7 +164,9 @@ class Kernel(MCMCKernel):
         self._sample_fn = (
             sample_chain if is_single else jax.vmap(sample_chain, in_axes=(0, None, None))
         )
-        return (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+        state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+        checks.check_start(-state.potential_energy)  # of several chains `init` sees none
+        return state
 
     def sample(self, state, model_args, model_kwargs):
         """Make one step."""
@@ -258,10 +260,11 @@ class Kernel(MCMCKernel):
         is_single = is_prng_key(rng_key)
         self._sample_fn = sample_chains
         _, warmup = bind(model_args, model_kwargs)
-        if not is_single:
-            return init_chains(warmup, rng_key, start)
-        start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], start)
-        return first_chain(init_chains(warmup, rng_key[None], start))
+        if is_single:
+            rng_key, start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (rng_key, start))
+        state = init_chains(warmup, rng_key, start)
+        checks.check_start(-state.potential_energy)
+        return first_chain(state) if is_single else state
 
     def _bind(self, adapt_state, model_args, model_kwargs):
         """Return the algorithm on this model's log density with the current parameters."""
