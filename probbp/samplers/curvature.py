@@ -6,6 +6,7 @@ curvature.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -118,22 +119,22 @@ def gauss_newton(
         ...     lambda p: loglikelihood(predict(p)) + logprior(p), step_size=1.28,
         ...     curvature=gauss_newton(predict, loglikelihood, logprior))
     """
+    return partial(_gauss_newton, predict_fn, loglikelihood_fn, logprior_fn)
 
-    def curvature(logdensity_fn):
-        del logdensity_fn
-        likelihood = hessian(loglikelihood_fn)
-        prior = hessian(logprior_fn)
 
-        def derivatives(position, tangents):
-            predictions, directions = _over_tangents(
-                lambda tangent: jax.jvp(predict_fn, (position,), (tangent,)), tangents
-            )
-            terms = zip(likelihood(predictions, directions), prior(position, tangents), strict=True)
-            return tuple(a + b for a, b in terms)
+def _gauss_newton(predict_fn, loglikelihood_fn, logprior_fn, logdensity_fn):
+    del logdensity_fn
+    likelihood = hessian(loglikelihood_fn)
+    prior = hessian(logprior_fn)
 
-        return derivatives
+    def derivatives(position, tangents):
+        predictions, directions = _over_tangents(
+            lambda tangent: jax.jvp(predict_fn, (position,), (tangent,)), tangents
+        )
+        terms = zip(likelihood(predictions, directions), prior(position, tangents), strict=True)
+        return tuple(a + b for a, b in terms)
 
-    return curvature
+    return derivatives
 
 
 def principal_axes(matrix: jax.Array, num_sweeps: int = 5) -> tuple[jax.Array, jax.Array]:
