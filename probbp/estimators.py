@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from probbp.types import Estimator, Tree, ValueAndGrad, keyed
+from probbp.types import Estimator, Tree, ValueAndGrad, keyed, ways_out
 
 
 def reverse() -> Estimator:
@@ -34,7 +34,8 @@ def reverse() -> Estimator:
 
 def _reverse(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
     def value_and_grad(rng_key, params):
-        return jax.value_and_grad(keyed(fun, rng_key), has_aux=has_aux)(params)
+        with ways_out():
+            return jax.value_and_grad(keyed(fun, rng_key), has_aux=has_aux)(params)
 
     return value_and_grad
 
@@ -109,7 +110,8 @@ def _forward(
         one_fun = keyed(fun, key_fun)
 
         def pushforward(tangent):
-            value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
+            with ways_out():
+                value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
             return ((value, *aux) if has_aux else value), slope
 
         def batch_fn(seeds):

@@ -20,7 +20,7 @@ from probbp.numpyro.state import KernelState
 from probbp.samplers import checks
 from probbp.samplers.adaptation import Metric, adaptation, parameters
 from probbp.samplers.algorithm import brings_warmup, own_warmup, target_acceptance_rate
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, ways_out
 
 
 class Kernel(MCMCKernel):
@@ -164,7 +164,8 @@ class Kernel(MCMCKernel):
         self._sample_fn = (
             sample_chain if is_single else jax.vmap(sample_chain, in_axes=(0, None, None))
         )
-        state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+        with ways_out():
+            state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
         checks.check_start(-state.potential_energy)  # of several chains `init` sees none
         return state
 
@@ -172,7 +173,8 @@ class Kernel(MCMCKernel):
         """Make one step."""
         if self._sample_fn is None:
             raise RuntimeError("Kernel.init must be called before Kernel.sample.")
-        return self._sample_fn(state, model_args, model_kwargs)
+        with ways_out():
+            return self._sample_fn(state, model_args, model_kwargs)
 
     def postprocess_fn(self, model_args, model_kwargs):
         """Return the map from unconstrained positions to the model's sites."""

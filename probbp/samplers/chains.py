@@ -22,7 +22,7 @@ from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_
 from probbp.samplers.devices import devices
 from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
-from probbp.types import Tree
+from probbp.types import Tree, ways_out
 
 NUM_UPDATES = 40
 """How often a phase comes back to the host: for the progress bar, and to free the device."""
@@ -31,6 +31,7 @@ DRAWS = "draws.zarr"
 """Where a checkpoint's folder has the draws."""
 
 
+@ways_out()
 def sample(
     rng_key: jax.Array,
     algorithm: Callable,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, ways_out
 
 FLOOR = 1e-3
 """Default floor of the curvature, in units of the inverse mass matrix."""
@@ -181,7 +181,8 @@ def _over_tangents(fun: Callable, tangents: Tree) -> tuple:
 
     One tangent is not vectorised: in a long scan of small operations that costs half as much again.
     """
-    if jax.tree.leaves(tangents)[0].shape[0] > 1:
-        return jax.vmap(fun, out_axes=(None, 0))(tangents)
-    value, derivative = fun(jax.tree.map(lambda leaf: leaf[0], tangents))
+    with ways_out():
+        if jax.tree.leaves(tangents)[0].shape[0] > 1:
+            return jax.vmap(fun, out_axes=(None, 0))(tangents)
+        value, derivative = fun(jax.tree.map(lambda leaf: leaf[0], tangents))
     return value, jax.tree.map(lambda leaf: leaf[None], derivative)
