@@ -1,10 +1,12 @@
 """Estimators of a gradient: `jax.value_and_grad`, given a key first.
 
 Every estimator returns the exact value of the function and an estimate of its gradient. They
-compose (`averaged`, `control_variate`, `through`), and feed whatever takes an `estimator`.
+compose (`averaged`, `control_variate`, `through`), and feed whatever takes an `estimator`. They can
+be pickled, if what they are made of can: Optax's own transformations can't.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -13,7 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from probbp.checks import check_choice, check_count
-from probbp.types import Estimator, Tree, ValueAndGrad, keyed
+from probbp.types import Estimator, Tree, ValueAndGrad, keyed, ways_out
 
 
 def reverse() -> Estimator:
@@ -28,14 +30,15 @@ def reverse() -> Estimator:
         >>> grad.tolist()
         [1.0, 1.0, 1.0]
     """
+    return _reverse
 
-    def estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        def value_and_grad(rng_key, params):
+
+def _reverse(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
+    def value_and_grad(rng_key, params):
+        with ways_out():
             return jax.value_and_grad(keyed(fun, rng_key), has_aux=has_aux)(params)
 
-        return value_and_grad
-
-    return estimator
+    return value_and_grad
 
 
 def forward(
@@ -87,46 +90,54 @@ def forward(
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
 
-    def estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        def value_and_grad(rng_key, params):
-            _require_floating(params)
-            num_params = optax.tree.size(params)
-            weight = (1.0 if tangents == "gaussian" else num_params) / num_tangents
-            # The tangents must not depend on what the function draws.
-            key_tangents, key_fun = jax.random.split(rng_key)
-            one_fun = keyed(fun, key_fun)
+    return partial(_forward, num_tangents, tangents, batch_size)
 
-            def pushforward(tangent):
+
+def _forward(
+    num_tangents: int,
+    law: str,
+    batch_size: int | None,
+    fun: Callable,
+    has_aux: bool = False,
+) -> ValueAndGrad:
+    def value_and_grad(rng_key, params):
+        _require_floating(params)
+        num_params = optax.tree.size(params)
+        weight = (1.0 if law == "gaussian" else num_params) / num_tangents
+        # The tangents must not depend on what the function draws.
+        key_tangents, key_fun = jax.random.split(rng_key)
+        one_fun = keyed(fun, key_fun)
+
+        def pushforward(tangent):
+            with ways_out():
                 value, slope, *aux = jax.jvp(one_fun, (params,), (tangent,), has_aux=has_aux)
-                return ((value, *aux) if has_aux else value), slope
+            return ((value, *aux) if has_aux else value), slope
 
-            def batch_fn(seeds):
-                directions = draw(seeds)
-                value, slopes = jax.vmap(pushforward, out_axes=(None, 0))(directions)
-                return value, jax.tree.map(
-                    lambda v: jnp.tensordot((weight * slopes).astype(v.dtype), v, axes=1),
-                    directions,
-                )
+        def batch_fn(seeds):
+            directions = draw(seeds)
+            value, slopes = jax.vmap(pushforward, out_axes=(None, 0))(directions)
+            return value, jax.tree.map(
+                lambda v: jnp.tensordot((weight * slopes).astype(v.dtype), v, axes=1),
+                directions,
+            )
 
-            # What a batch needs to draw its tangents: keys, but for orthogonal ones the tangents.
-            seeds, draw = jax.random.split(key_tangents, num_tangents), jax.vmap(draw_one(params))
-            if tangents == "orthogonal":
-                seeds, draw = _orthonormalised(draw(seeds)), lambda frame: frame
-            return _summed(batch_fn, seeds, batch_size)
+        # What a batch needs to draw its tangents: keys, but for orthogonal ones the tangents.
+        seeds = jax.random.split(key_tangents, num_tangents)
+        draw = jax.vmap(partial(_tangent, law, params))
+        if law == "orthogonal":
+            seeds, draw = _orthonormalised(draw(seeds)), lambda frame: frame
+        return _summed(batch_fn, seeds, batch_size)
 
-        return value_and_grad
+    return value_and_grad
 
-    def draw_one(params):
-        def tangent(key):
-            gaussian = optax.tree.random_like(key, params)
-            if tangents != "unit":
-                return gaussian
-            norm = optax.tree.norm(gaussian)
-            return jax.tree.map(lambda z: (z / norm).astype(z.dtype), gaussian)
 
-        return tangent
-
-    return estimator
+def _tangent(law: str, params: Tree, rng_key: jax.Array) -> Tree:
+    """Draw a Gaussian tangent, or one of unit length."""
+    gaussian = optax.tree.random_like(rng_key, params)
+    if law != "unit":
+        return gaussian
+    norm = optax.tree.norm(gaussian)
+    return jax.tree.map(lambda z: (z / norm).astype(z.dtype), gaussian)
 
 
 def averaged(estimator: Estimator, num: int, *, batch_size: int | None = None) -> Estimator:
@@ -150,20 +161,27 @@ def averaged(estimator: Estimator, num: int, *, batch_size: int | None = None) -
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
 
-    def averaged_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        value_and_grad = estimator(fun, has_aux)
+    return partial(_averaged, estimator, num, batch_size)
 
-        def mean_value_and_grad(rng_key, params):
-            def batch_fn(keys):
-                values, grads = jax.vmap(value_and_grad, in_axes=(0, None))(keys, params)
-                value = jax.tree.map(lambda leaf: leaf[0], values)
-                return value, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / num, grads)
 
-            return _summed(batch_fn, jax.random.split(rng_key, num), batch_size)
+def _averaged(
+    estimator: Estimator,
+    num: int,
+    batch_size: int | None,
+    fun: Callable,
+    has_aux: bool = False,
+) -> ValueAndGrad:
+    value_and_grad = estimator(fun, has_aux)
 
-        return mean_value_and_grad
+    def mean_value_and_grad(rng_key, params):
+        def batch_fn(keys):
+            values, grads = jax.vmap(value_and_grad, in_axes=(0, None))(keys, params)
+            value = jax.tree.map(lambda leaf: leaf[0], values)
+            return value, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / num, grads)
 
-    return averaged_estimator
+        return _summed(batch_fn, jax.random.split(rng_key, num), batch_size)
+
+    return mean_value_and_grad
 
 
 def control_variate(estimator: Estimator, approximate_grad: Callable[[Tree], Tree]) -> Estimator:
@@ -191,23 +209,25 @@ def control_variate(estimator: Estimator, approximate_grad: Callable[[Tree], Tre
         >>> value, grad = estimator(fun)(jax.random.key(0), jnp.ones(3))
     """
     _check_estimator(estimator)
+    return partial(_controlled, estimator, approximate_grad)
 
-    def controlled_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        def controlled_value_and_grad(rng_key, params):
-            approximation = approximate_grad(params)
 
-            def rest(params, rng_key=rng_key):
-                out = keyed(fun, rng_key)(params)
-                value = out[0] if has_aux else out
-                return value - optax.tree.vdot(approximation, params), out
+def _controlled(
+    estimator: Estimator, approximate_grad: Callable, fun: Callable, has_aux: bool = False
+) -> ValueAndGrad:
+    def controlled_value_and_grad(rng_key, params):
+        approximation = approximate_grad(params)
 
-            (_, out), grad = estimator(rest, has_aux=True)(rng_key, params)
-            grad = jax.tree.map(lambda g, c: g + c.astype(g.dtype), grad, approximation)
-            return out, grad
+        def rest(params, rng_key=rng_key):
+            out = keyed(fun, rng_key)(params)
+            value = out[0] if has_aux else out
+            return value - optax.tree.vdot(approximation, params), out
 
-        return controlled_value_and_grad
+        (_, out), grad = estimator(rest, has_aux=True)(rng_key, params)
+        grad = jax.tree.map(lambda g, c: g + c.astype(g.dtype), grad, approximation)
+        return out, grad
 
-    return controlled_estimator
+    return controlled_value_and_grad
 
 
 def through(transformation: optax.GradientTransformation, estimator: Estimator) -> Estimator:
@@ -230,18 +250,23 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
         [0.5, 0.5, 0.5, 0.5]
     """
     _check_estimator(estimator)
+    return partial(_transformed, transformation, estimator)
 
-    def transformed_estimator(fun: Callable, has_aux: bool = False) -> ValueAndGrad:
-        value_and_grad = estimator(fun, has_aux)
 
-        def transformed_value_and_grad(rng_key, params):
-            value, grad = value_and_grad(rng_key, params)
-            grad, _ = transformation.update(grad, transformation.init(params), params)
-            return value, grad
+def _transformed(
+    transformation: optax.GradientTransformation,
+    estimator: Estimator,
+    fun: Callable,
+    has_aux: bool = False,
+) -> ValueAndGrad:
+    value_and_grad = estimator(fun, has_aux)
 
-        return transformed_value_and_grad
+    def transformed_value_and_grad(rng_key, params):
+        value, grad = value_and_grad(rng_key, params)
+        grad, _ = transformation.update(grad, transformation.init(params), params)
+        return value, grad
 
-    return transformed_estimator
+    return transformed_value_and_grad
 
 
 def _check_estimator(estimator):

@@ -1,7 +1,8 @@
 """The words that the rooms of probbp share."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,6 +38,36 @@ class Estimator(Protocol):
     def __call__(self, fun: Callable, has_aux: bool = False) -> ValueAndGrad:
         """Return `fun`'s keyed value and gradient."""
         ...
+
+
+WAYS_OUT = {
+    "Reverse-mode differentiation does not work": (
+        "A loop of dynamic length can be differentiated in forward mode: by probbp.fmala, "
+        "probbp.line_fmala, probbp.pc_fmala or probbp.pc_line_fmala, or by "
+        "estimator=probbp.estimators.forward(). NumPyro's autoguides start in reverse mode; "
+        "AutoNormal(model, forward_mode_differentiation=True) does not. A loop of fixed length "
+        "(jax.lax.scan) has both modes."
+    ),
+    "to a custom_vjp function": (
+        "A function with a jax.custom_vjp can be differentiated in reverse mode: by probbp.mala, "
+        "or by estimator=probbp.estimators.reverse(). For forward mode give it a jax.custom_jvp. "
+        "diffrax.diffeqsolve has it with adjoint=diffrax.ForwardMode(), and "
+        "jax.nn.dot_product_attention with implementation='xla'."
+    ),
+}
+"""Words of JAX's two refusals to differentiate, to what can be done instead."""
+
+
+@contextmanager
+def ways_out() -> Iterator[None]:
+    """Add to JAX's refusals to differentiate a note with what can be done instead."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        for words, note in WAYS_OUT.items():
+            if words in str(error) and note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+        raise
 
 
 def keyed(fun: Callable, rng_key: jax.Array) -> Callable:

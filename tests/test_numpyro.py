@@ -18,14 +18,16 @@ from flax import nnx
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module
 from numpyro.distributions import constraints
+from numpyro.handlers import seed
 from numpyro.infer import HMC, MCMC, NUTS, SVI, DiscreteGibbs, Gibbs, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.elbo import RenyiELBO
+from numpyro.infer.util import initialize_model
 from tables import SAMPLERS, VARIANTS, members
 
 import probbp
 from probbp.estimators import forward, reverse, through
-from probbp.numpyro import Kernel, Optim
+from probbp.numpyro import Kernel, Optim, subsampled
 from probbp.ops import substitute
 
 Y = jnp.array([1.2, -0.3, 0.8, 2.1, 0.4])
@@ -330,6 +332,57 @@ def test_a_model_whose_value_depends_on_the_key_is_refused(chain_method):
         mcmc_of(Kernel(dropout, probbp.mala), chain_method=chain_method).run(jax.random.key(0), Y)
 
 
+def seeded_inside(y):
+    """The conjugate model with fixed shifts: the common random numbers of a simulator."""
+    mean = numpyro.sample("mean", dist.Normal(0, 2))
+    with seed(rng_seed=3):
+        shift = jax.random.normal(numpyro.prng_key(), y.shape)
+
+    def row(carry, y):
+        return carry, jax.random.normal(numpyro.prng_key())
+
+    with seed(rng_seed=4):
+        _, other = scan(row, None, y)
+    numpyro.sample("y", dist.Normal(mean + shift + other, 1), obs=y)
+
+
+def subsampled_and_seeded_inside(y):
+    """With rows of a plate that a handler inside the model has fixed once."""
+    mean = numpyro.sample("mean", dist.Normal(0, 2))
+    with seed(rng_seed=0), numpyro.plate("rows", len(y), subsample_size=2) as index:
+        numpyro.sample("y", dist.Normal(mean, 1), obs=y[index])
+
+
+@pytest.mark.parametrize("model", [seeded_inside, subsampled_and_seeded_inside])
+def test_what_a_handler_inside_the_model_has_seeded_is_left_alone(model):
+    """The log density is that of NumPyro's own samplers."""
+    position = {"mean": jnp.array(0.3)}
+    info = initialize_model(jax.random.key(0), model, model_args=(Y,))
+    energy, grad = jax.value_and_grad(info.potential_fn)(position)
+    state = Kernel(model, probbp.mala).init(jax.random.key(0), 0, position, (Y,), {})
+    np.testing.assert_allclose(state.potential_energy, energy, rtol=1e-12)
+    found = state.algorithm_state.logdensity_grad
+    np.testing.assert_allclose(found["mean"], -grad["mean"], rtol=1e-12)
+
+
+def test_subsampled_leaves_alone_what_is_seeded_inside_the_model():
+    def model(y, subsample_size):
+        mean = numpyro.sample("mean", dist.Normal(0, 2))
+        with seed(rng_seed=3):
+            shift = jax.random.normal(numpyro.prng_key(), y.shape)
+        with seed(rng_seed=0), numpyro.plate("fixed", len(y), subsample_size=2) as index:
+            numpyro.sample("x", dist.Normal(mean, 1), obs=y[index])
+        with numpyro.plate("rows", len(y), subsample_size=subsample_size) as index:
+            numpyro.sample("y", dist.Normal(mean + shift[index], 1), obs=y[index])
+
+    parts = subsampled(jax.random.key(0), model, model_args=(Y, 2))
+    assert set(parts.draw(jax.random.key(1)).rows) == {"rows"}
+    position = {"mean": jnp.array(0.3)}
+    info = initialize_model(jax.random.key(0), model, model_args=(Y, len(Y)))
+    energy = info.potential_fn(position)
+    np.testing.assert_allclose(parts.logdensity_fn(position), -energy, rtol=1e-12)
+
+
 def with_a_wrong_derivative(y):
     """The conjugate model, differentiated as something else: a fixed field, and a wrong one."""
     mean = numpyro.sample("mean", dist.Normal(0, 2))
@@ -555,6 +608,26 @@ def test_a_model_that_reverse_mode_refuses_is_fitted(elbo):
     svi = SVI(model, guide, Optim(optax.adam(0.02), forward(2)), elbo)
     params = svi.run(jax.random.key(0), 2_000, Y, progress_bar=False).params
     assert abs(params["mean_auto_loc"] - MOMENTS["mean"][0]) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "chain_method"),
+    [
+        (probbp.mala, {}, "sequential"),
+        (probbp.mala, {}, "vectorized"),
+        (blackjax.mala, {"metric": None, "target_accept_prob": 0.6}, "vectorized"),
+        (probbp.surrogate, {}, "vectorized"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Out-of-support:UserWarning")  # of one chain, NumPyro's
+def test_a_chain_that_starts_where_the_log_density_is_no_number_is_refused(
+    algorithm, options, chain_method
+):
+    model = lambda: numpyro.sample("a", dist.Normal(0, 1))
+    start = {"a": jnp.array([0.0, jnp.nan])}
+    mcmc = mcmc_of(Kernel(model, algorithm, **options), 20, 20, chain_method=chain_method)
+    with pytest.raises(ValueError, match="The log density at the start is .*a chain can't leave"):
+        mcmc.run(jax.random.key(0), init_params=start)
 
 
 def no_sites(y):

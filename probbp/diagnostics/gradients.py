@@ -10,11 +10,12 @@ import scipy.stats
 
 from probbp.diagnostics.names import leaf_names
 from probbp.diagnostics.quality import GradientQuality, LeafQuality
-from probbp.types import Estimator, Tree, ValueAndGrad
+from probbp.types import Estimator, Tree, ValueAndGrad, ways_out
 
 _NUMBERS_AT_ONCE = 2**18  # entries of the gradients of one batch, by default
 
 
+@ways_out()
 def gradient_quality(
     rng_key: jax.Array,
     estimator: Estimator,

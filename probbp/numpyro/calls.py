@@ -39,7 +39,7 @@ class _Keys(Messenger):
     """Hands out what `numpyro.prng_key()` returns, and notes whether anything asked for it.
 
     Keys alone: unlike `numpyro.handlers.seed` it draws no site and no subsample, which would enter
-    the value of the log density.
+    the value of the log density. What a handler inside the model has seeded is left alone.
     """
 
     def __init__(self, rng_key: jax.Array):
@@ -49,7 +49,7 @@ class _Keys(Messenger):
 
     def process_message(self, msg):
         # A loop (`numpyro.contrib.control_flow.scan`) hides what its body asks for.
-        if msg["type"] in ("prng_key", "control_flow"):
+        if msg["type"] in ("prng_key", "control_flow") and not _is_set(msg):
             self.was_asked = True
             self.rng_key, rng_key = jax.random.split(self.rng_key)
             if msg["type"] == "prng_key":
@@ -61,7 +61,8 @@ class _Keys(Messenger):
 class _GivenRows(Messenger):
     """Hands rows to the plates that subsample: all of them where it has none for a plate.
 
-    A plate that another handler has given its rows (`numpyro.handlers.substitute`) is left alone.
+    A plate that a handler inside the model has given its rows (`numpyro.handlers.substitute`), or a
+    key to draw them once (`numpyro.handlers.seed`), is left alone.
     """
 
     def __init__(self, rows: Rows):
@@ -69,7 +70,7 @@ class _GivenRows(Messenger):
         self.rows = rows
 
     def process_message(self, msg):
-        if msg["type"] == "plate" and msg["value"] is None:
+        if msg["type"] == "plate" and not _is_set(msg):
             size, _ = msg["args"]
             rows = self.rows.get(msg["name"])
             msg["value"] = jnp.arange(size) if rows is None else jnp.asarray(rows)
@@ -85,7 +86,7 @@ class _SeenPlates(Messenger):
         self.plates: Plates = {}
 
     def process_message(self, msg):
-        if msg["type"] == "plate" and msg["value"] is None:
+        if msg["type"] == "plate" and not _is_set(msg):
             size, subsample_size = msg["args"]
             if self.plates.setdefault(msg["name"], (size, subsample_size)) != msg["args"]:
                 raise ValueError(
@@ -98,6 +99,11 @@ class _SeenPlates(Messenger):
                     f"{size} rows: give a subsample_size from 1 to {size}."
                 )
             msg["value"] = jnp.arange(subsample_size)
+
+
+def _is_set(msg: dict[str, Any]) -> bool:
+    """Whether a handler further inside has given a value, or the key from which it is drawn."""
+    return msg["value"] is not None or msg["kwargs"].get("rng_key") is not None
 
 
 def inspect_model(
@@ -114,9 +120,13 @@ def inspect_model(
             inside a plate that subsamples.
     """
     keys, seen = _Keys(rng_key), _SeenPlates()
-    with keys, seen:
-        started = substitute(seed(model, rng_key), substitute_fn=init_strategy)
-        sites = trace(started).get_trace(*model_args, **model_kwargs)
+
+    def seen_model(*args, **kwargs):
+        with keys, seen:
+            return model(*args, **kwargs)
+
+    started = substitute(seed(seen_model, rng_key), substitute_fn=init_strategy)
+    sites = trace(started).get_trace(*model_args, **model_kwargs)
     _check_sites(sites, seen.plates)
     return seen.plates, keys.was_asked
 

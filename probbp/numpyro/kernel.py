@@ -25,7 +25,7 @@ from probbp.samplers.algorithm import (
     own_warmup,
     target_acceptance_rate,
 )
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, ways_out
 
 
 class Kernel(MCMCKernel):
@@ -170,13 +170,17 @@ class Kernel(MCMCKernel):
         self._sample_fn = (
             sample_chain if is_single else jax.vmap(sample_chain, in_axes=(0, None, None))
         )
-        return (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+        with ways_out():
+            state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
+        checks.check_start(-state.potential_energy)  # of several chains `init` sees none
+        return state
 
     def sample(self, state, model_args, model_kwargs):
         """Make one step."""
         if self._sample_fn is None:
             raise RuntimeError("Kernel.init must be called before Kernel.sample.")
-        return self._sample_fn(state, model_args, model_kwargs)
+        with ways_out():
+            return self._sample_fn(state, model_args, model_kwargs)
 
     def postprocess_fn(self, model_args, model_kwargs):
         """Return the map from unconstrained positions to the model's sites."""
@@ -264,10 +268,11 @@ class Kernel(MCMCKernel):
         is_single = is_prng_key(rng_key)
         self._sample_fn = sample_chains
         _, warmup = bind(model_args, model_kwargs)
-        if not is_single:
-            return init_chains(warmup, rng_key, start)
-        start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], start)
-        return first_chain(init_chains(warmup, rng_key[None], start))
+        if is_single:
+            rng_key, start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (rng_key, start))
+        state = init_chains(warmup, rng_key, start)
+        checks.check_start(-state.potential_energy)
+        return first_chain(state) if is_single else state
 
     def _bind(self, adapt_state, model_args, model_kwargs):
         """Return the algorithm on this model's log density with the current parameters."""

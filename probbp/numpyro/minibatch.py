@@ -44,7 +44,7 @@ from probbp.numpyro.rows import (
     with_gradient_of_rows,
 )
 from probbp.samplers import checks
-from probbp.types import Estimator, Tree
+from probbp.types import Estimator, Tree, ways_out
 
 
 class Minibatch(NamedTuple):
@@ -187,7 +187,8 @@ def subsampled(
 
     def grad_estimator(position, minibatch):
         if minibatch.rows is None or estimator is None:
-            return jax.grad(minibatch_logdensity_fn)(position, minibatch)
+            with ways_out():
+                return jax.grad(minibatch_logdensity_fn)(position, minibatch)
 
         def fun(position, rng_key=None):
             return density(position, rng_key, minibatch.rows)

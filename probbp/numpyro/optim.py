@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import _NumPyroOptim
 
-from probbp.types import Estimator, Tree
+from probbp.types import Estimator, Tree, ways_out
 
 
 class OptimState(NamedTuple):
@@ -129,5 +129,6 @@ class Optim(_NumPyroOptim):
             )
         step, optim_state = state
         next_key, key_estimate = jax.random.split(optim_state.rng_key)
-        value, grads = self._estimator(fn, has_aux=True)(key_estimate, optim_state.params)
+        with ways_out():
+            value, grads = self._estimator(fn, has_aux=True)(key_estimate, optim_state.params)
         return value, grads, (step, optim_state._replace(rng_key=next_key))

@@ -25,7 +25,7 @@ from probbp.samplers.algorithm import check_algorithm, own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.samplers.endings import advice_on_memory, distance, resumable, warn_of_a_run
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
-from probbp.types import Tree
+from probbp.types import Tree, ways_out
 
 NUM_UPDATES = 40
 """How often a phase comes back to the host: for the progress bar, and to free the device."""
@@ -34,6 +34,7 @@ DRAWS = "draws.zarr"
 """Where a checkpoint's folder has the draws."""
 
 
+@ways_out()
 def sample(
     rng_key: jax.Array,
     algorithm: Callable,

@@ -6,12 +6,13 @@ curvature.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probbp.types import LogDensity, Tree
+from probbp.types import LogDensity, Tree, ways_out
 
 FLOOR = 1e-3
 """Default floor of the curvature, in units of the inverse mass matrix."""
@@ -118,22 +119,22 @@ def gauss_newton(
         ...     lambda p: loglikelihood(predict(p)) + logprior(p), step_size=1.28,
         ...     curvature=gauss_newton(predict, loglikelihood, logprior))
     """
+    return partial(_gauss_newton, predict_fn, loglikelihood_fn, logprior_fn)
 
-    def curvature(logdensity_fn):
-        del logdensity_fn
-        likelihood = hessian(loglikelihood_fn)
-        prior = hessian(logprior_fn)
 
-        def derivatives(position, tangents):
-            predictions, directions = _over_tangents(
-                lambda tangent: jax.jvp(predict_fn, (position,), (tangent,)), tangents
-            )
-            terms = zip(likelihood(predictions, directions), prior(position, tangents), strict=True)
-            return tuple(a + b for a, b in terms)
+def _gauss_newton(predict_fn, loglikelihood_fn, logprior_fn, logdensity_fn):
+    del logdensity_fn
+    likelihood = hessian(loglikelihood_fn)
+    prior = hessian(logprior_fn)
 
-        return derivatives
+    def derivatives(position, tangents):
+        predictions, directions = _over_tangents(
+            lambda tangent: jax.jvp(predict_fn, (position,), (tangent,)), tangents
+        )
+        terms = zip(likelihood(predictions, directions), prior(position, tangents), strict=True)
+        return tuple(a + b for a, b in terms)
 
-    return curvature
+    return derivatives
 
 
 def principal_axes(matrix: jax.Array, num_sweeps: int = 5) -> tuple[jax.Array, jax.Array]:
@@ -180,7 +181,8 @@ def _over_tangents(fun: Callable, tangents: Tree) -> tuple:
 
     One tangent is not vectorised: in a long scan of small operations that costs half as much again.
     """
-    if jax.tree.leaves(tangents)[0].shape[0] > 1:
-        return jax.vmap(fun, out_axes=(None, 0))(tangents)
-    value, derivative = fun(jax.tree.map(lambda leaf: leaf[0], tangents))
+    with ways_out():
+        if jax.tree.leaves(tangents)[0].shape[0] > 1:
+            return jax.vmap(fun, out_axes=(None, 0))(tangents)
+        value, derivative = fun(jax.tree.map(lambda leaf: leaf[0], tangents))
     return value, jax.tree.map(lambda leaf: leaf[None], derivative)

@@ -35,7 +35,7 @@ from probbp.samplers.mala import (
     langevin_step,
 )
 from probbp.samplers.whitening import whitening
-from probbp.types import LogDensity, Tree, keyed
+from probbp.types import LogDensity, Tree, keyed, ways_out
 
 
 def init(
@@ -59,7 +59,8 @@ def init(
     white = whitening(inverse_mass_matrix, position)
     tangent = generate_unit_vector(rng_key, position)
     fun = keyed(checks.scalar(logdensity_fn), op_key(rng_key))
-    logdensity, slope = jax.jvp(fun, (position,), (white.unwhiten(tangent),))
+    with ways_out():
+        logdensity, slope = jax.jvp(fun, (position,), (white.unwhiten(tangent),))
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
     return MALAState(position, logdensity, white.push(_scale(slope, tangent)))

@@ -21,7 +21,7 @@ from blackjax.util import generate_gaussian_noise
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.whitening import IDENTITY, Whitening, whitening
-from probbp.types import Estimator, LogDensity, Tree, keyed
+from probbp.types import Estimator, LogDensity, Tree, keyed, ways_out
 
 KeyPolicy = Literal["carried", "refreshed", "shared"]
 KEY_POLICIES = get_args(KeyPolicy)
@@ -295,9 +295,10 @@ def white_value_and_grad(
             fun, point = logdensity_fn, position
         else:
             fun, point = displaced_fn, optax.tree.zeros_like(position)
-        if estimator is None:
-            return jax.value_and_grad(keyed(fun, rng_key))(point)
-        return estimator(fun)(rng_key, point)
+        with ways_out():
+            if estimator is None:
+                return jax.value_and_grad(keyed(fun, rng_key))(point)
+            return estimator(fun)(rng_key, point)
 
     return value_and_grad
 

@@ -271,7 +271,7 @@ def metropolis(rng_key, algorithm, target, info, counted, starts, args):
 
 
 def surrogate(rng_key, info, starts, args):
-    """Run the surrogate transition after its own warm-up: one evaluation a draw, by construction."""
+    """Run the surrogate transition, after a warm-up of its own; a draw costs one evaluation."""
     start = time.perf_counter()
     data = probbp.sample(
         rng_key,

@@ -47,19 +47,25 @@ class DynamicSpectralState(NamedTuple):
     Attributes:
         count: updates made.
         rng_key: of the bases that `random` draws.
-        spectra: a tree like the parameters, of `tracker.Spectrum`; None where there is no matrix.
+        tracked: a `tracker.Spectrum` whose fields are trees like the parameters, with None where
+            there is no matrix; as hosts expect it, each leaf is one array.
         inner: of the optimiser inside the bases.
-        energy: a tree like `spectra`, the share of the last gradient that lay in the basis.
-        rotation: a tree like `spectra`, how far the last refresh turned the basis: 0 not at all, 1
-            to an orthogonal one.
+        energy: a tree like the parameters, the share of the last gradient that lay in the basis.
+        rotation: a tree like the parameters, how far the last refresh turned the basis: 0 not at
+            all, 1 to an orthogonal one.
     """
 
     count: jax.Array
     rng_key: jax.Array
-    spectra: Tree
+    tracked: Spectrum
     inner: Any
     energy: Tree
     rotation: Tree
+
+    @property
+    def spectra(self) -> Tree:
+        """A tree like the parameters, with a `tracker.Spectrum` of each matrix."""
+        return jax.tree.map(Spectrum, *self.tracked)
 
 
 def scale_by_dynamic_spectral(
@@ -157,7 +163,7 @@ def scale_by_dynamic_spectral(
         _turn(moments, found, None)  # refuses moments that it would not know how to turn
         nothing = found.put([jnp.zeros_like(spectrum.trace) for spectrum in spectra])
         return DynamicSpectralState(
-            jnp.zeros((), jnp.int32), rng_key, found.put(spectra), moments, nothing, nothing
+            jnp.zeros((), jnp.int32), rng_key, _put(found, spectra), moments, nothing, nothing
         )
 
     def update_fn(
@@ -187,7 +193,7 @@ def scale_by_dynamic_spectral(
             state.count % refresh == 0,
             refreshed,
             lambda *same: same,
-            found.at(state.spectra),
+            [Spectrum(*fields) for fields in zip(*map(found.at, state.tracked), strict=True)],
             state.inner,
             found.at(state.rotation),
         )
@@ -204,7 +210,7 @@ def scale_by_dynamic_spectral(
         return found.put_back(combined, found.put(found.at(updates), passed)), DynamicSpectralState(
             state.count + 1,
             rng_key,
-            found.put(spectra),
+            _put(found, spectra),
             moments,
             found.put(energy),
             found.put(rotations),
@@ -267,6 +273,13 @@ def _bases(rng_key: jax.Array, found: Matrices, rank: int, tree: Tree) -> list[S
         tracker.start(key, view.size, min(rank, view.size), view.batch, precision(leaf.dtype))
         for key, view, leaf in zip(keys, found.views, found.at(tree), strict=False)
     ]
+
+
+def _put(found: Matrices, spectra: list[Spectrum]) -> Spectrum:
+    """Return spectra as one, whose fields are trees like the parameters."""
+    return Spectrum(
+        *[found.put([getattr(one, field) for one in spectra]) for field in Spectrum._fields]
+    )
 
 
 def _turn(state: Any, found: Matrices, turns: Tree | None) -> Any:
