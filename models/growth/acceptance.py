@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from probbp.checks import check_choice
+from probbp.checks import check_choice, check_count
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites, Observation
 
@@ -56,6 +57,15 @@ class Search(NamedTuple):
     init_scale: float
     activation: Callable[[jax.Array], jax.Array]
     partial_out: bool
+
+
+def checked_search(search: Search) -> Search:
+    """Return a search whose counts are positive; its optimizer is by default Adam at 0.02."""
+    return search._replace(
+        optimiser=optax.adam(0.02) if search.optimiser is None else search.optimiser,
+        num_candidates=check_count("num_candidates", search.num_candidates),
+        num_steps=check_count("num_steps", search.num_steps, 0),
+    )
 
 
 def check_acceptance(acceptance: str) -> None:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from probbp.checks import check_count, check_number
-from probbp.models.growth.acceptance import Acceptance, Search, check_acceptance, propose
+from probbp.models.growth.acceptance import (
+    Acceptance,
+    Search,
+    check_acceptance,
+    checked_search,
+    propose,
+)
 from probbp.models.growth.machine import Fit, Host, programs_of
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Dendrites, Observation
@@ -82,18 +88,9 @@ def from_loss(
     slots = None if slots is None else check_count("slots", slots)
     check_number("prior_scale", prior_scale, "(0, inf)")
     check_number("level", level, "(0, 1)")
-    num_candidates = check_count("num_candidates", num_candidates)
-    num_steps = check_count("num_steps", num_steps, 0)
     _check_rows(train, validation, batch_size)
-    search = Search(
-        optax.adam(0.02) if search_optimiser is None else search_optimiser,
-        score,
-        num_candidates,
-        num_steps,
-        init_scale,
-        activation,
-        partial_out,
-    )
+    searched = search_optimiser, score, num_candidates, num_steps
+    search = checked_search(Search(*searched, init_scale, activation, partial_out))
     layer_fn = partial(ops.grown, activation=activation, freeze=freeze, perforate=perforate)
     kernels = _kernels(loss_fn, params, train, layers)
     run_epoch = _epoch_fn(loss_fn, layer_fn, optimiser, batch_size, freeze)

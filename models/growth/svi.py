@@ -18,7 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
 
 from probbp.checks import check_count, check_number
-from probbp.models.growth.acceptance import Proposal, Search, by_layer, said
+from probbp.models.growth.acceptance import Proposal, Search, by_layer, checked_search, said
 from probbp.models.growth.machine import Fit, Host, programs_of
 from probbp.models.growth.weights import connected, masks_of, random_layer, sites_of
 from probbp.ops import dendrites as ops
@@ -121,17 +121,8 @@ def from_svi(
     epoch_steps = check_count("epoch_steps", epoch_steps)
     num_particles = check_count("num_particles", num_particles)
     num_draws = check_count("num_draws", num_draws)
-    num_candidates = check_count("num_candidates", num_candidates)
-    num_steps = check_count("num_steps", num_steps, 0)
-    search = Search(
-        optax.adam(0.02) if search_optimiser is None else search_optimiser,
-        score,
-        num_candidates,
-        num_steps,
-        init_scale,
-        activation,
-        partial_out,
-    )
+    searched = search_optimiser, score, num_candidates, num_steps
+    search = checked_search(Search(*searched, init_scale, activation, partial_out))
     layer_fn = partial(ops.grown, activation=activation)
     kernels = _kernels(rng_key, model, args, kwargs, layers)
     programs = {}
