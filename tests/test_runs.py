@@ -311,8 +311,8 @@ def test_damaged_draws(run):
 
 
 @pytest.mark.parametrize("taken", ["piece", "piece and seal"])
-@pytest.mark.parametrize("place", ["another run", "another place", "another variable"])
-def test_draws_of_another_run_or_place_are_not_taken_for_this_run_s(run, tmp_path, taken, place):
+@pytest.mark.parametrize("origin", ["another run", "another place", "another variable"])
+def test_draws_of_another_run_or_place_are_not_taken_for_this_run_s(run, tmp_path, taken, origin):
     """Their checksums are right, and their shapes."""
     draws = run / "draws.zarr" / "posterior"
     ours = draws / "a" / "c" / "0" / "1" / "0", draws / "a" / "seals" / "1"
@@ -320,11 +320,11 @@ def test_draws_of_another_run_or_place_are_not_taken_for_this_run_s(run, tmp_pat
         "another place": (draws / "a" / "c" / "0" / "2" / "0", draws / "a" / "seals" / "2"),
         "another variable": (draws / "exp" / "c" / "0" / "1" / "0", draws / "exp" / "seals" / "1"),
     }
-    if place == "another run":
+    if origin == "another run":
         draw(checkpoint=tmp_path / "other", key=1)
         other = tmp_path / "other" / "draws.zarr" / "posterior" / "a"
-        theirs[place] = other / "c" / "0" / "1" / "0", other / "seals" / "1"
-    for source, target in zip(theirs[place], ours, strict=True):
+        theirs[origin] = other / "c" / "0" / "1" / "0", other / "seals" / "1"
+    for source, target in zip(theirs[origin], ours, strict=True):
         shutil.copy(source, target)
         if taken == "piece":
             break

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +86,7 @@ def descend(
         save = None
         if checkpoint is not None:
             like = jax.eval_shape(lambda: state)
-            one_step = partial(lambda data, *args: steps(*args, data, 1), data)
+            one_step = lambda key, state, begin: steps(key, state, begin, data, 1)
             described = {"the training step or its data": (one_step, (rng_key, like, 0))}
             prints = fingerprint(described, (rng_key, params), {"num_steps": num_steps})
             found = checkpoints.newest(checkpoint, prints, lambda done, note: like)

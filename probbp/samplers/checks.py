@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
     jax.eval_shape(keyed(scalar(logdensity_fn), jax.random.key(0)), position)
 
 
-def scalar(logdensity_fn: LogDensity) -> LogDensity:
+def scalar(logdensity_fn: LogDensity) -> Callable[..., jax.Array]:
     """Return the log density, which requires of its value that it is a real scalar.
 
     So that it need not be traced for that alone.
@@ -45,7 +45,7 @@ def scalar(logdensity_fn: LogDensity) -> LogDensity:
     return lambda position, rng_key: _required_scalar(keyed(logdensity_fn, rng_key)(position))
 
 
-def _required_scalar(out):
+def _required_scalar(out: Any) -> Any:
     if not isinstance(out, jax.Array | np.ndarray | np.generic | float | int | complex):
         raise TypeError(
             f"logdensity_fn must return one scalar, not {type(out).__name__}; "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from probbp.runs.fingerprints import constants, program_text, same_bits
 from probbp.samplers.adaptation import Adaptation, parameters, warmup_step
@@ -131,7 +132,7 @@ def latest(sizes: tuple, described: dict[str, tuple[Callable, tuple]], programs:
     if any("callback" in text for text in texts):
         return programs
     ours = _Kept((sizes, texts), [const for t in traced for const in constants(t)], programs)
-    if any(isinstance(const, jax.core.Tracer) for const in ours.constants):
+    if any(isinstance(const, Tracer) for const in ours.constants):
         return programs
     with _lock:
         kept = _latest[0] if _latest else None

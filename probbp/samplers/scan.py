@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from tqdm.auto import tqdm
 
 from probbp.runs import checkpoints
@@ -128,7 +129,7 @@ def checkpointed_scan(
 
 
 def _refuse_tracers(carry):
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(carry)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(carry)):
         raise TypeError(
             "checkpointed_scan comes back to the host between steps: it can't be inside jax.jit, "
             "jax.vmap or jax.grad. Call it outside of them, or take jax.lax.scan there."

@@ -102,9 +102,8 @@ def init(
         ValueError: for a log density that is not finite at the position.
     """
     checks.check_position(position)
-    checks.check_logdensity(logdensity_fn, position)
     position = jax.tree.map(jnp.asarray, position)
-    logdensity = logdensity_fn(position)
+    logdensity = checks.scalar(logdensity_fn)(position)
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
     return whiten(transport, position, logdensity)
