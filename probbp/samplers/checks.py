@@ -30,11 +30,6 @@ def check_position(position: Tree) -> None:
             )
 
 
-def check_logdensity(logdensity_fn: LogDensity, position: Tree) -> None:
-    """Require a real scalar."""
-    jax.eval_shape(keyed(scalar(logdensity_fn), jax.random.key(0)), position)
-
-
 def scalar(logdensity_fn: LogDensity) -> Callable[..., jax.Array]:
     """Return the log density, which requires of its value that it is a real scalar.
 
