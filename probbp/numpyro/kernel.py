@@ -19,7 +19,12 @@ from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradi
 from probbp.numpyro.state import KernelState
 from probbp.samplers import checks
 from probbp.samplers.adaptation import Metric, adaptation, parameters
-from probbp.samplers.algorithm import brings_warmup, own_warmup, target_acceptance_rate
+from probbp.samplers.algorithm import (
+    brings_warmup,
+    check_algorithm,
+    own_warmup,
+    target_acceptance_rate,
+)
 from probbp.types import LogDensity, Tree
 
 
@@ -90,6 +95,7 @@ class Kernel(MCMCKernel):
             raise ValueError("Give Kernel either a model or a potential_fn.")
         if algorithm is None:
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
+        check_algorithm(algorithm, metric, on_density=False)
         if brings_warmup(algorithm):
             _refuse_beside_own_warmup(step_size, target_accept_prob, metric)
         if target_accept_prob is None:

@@ -19,6 +19,7 @@ from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
 from probbp.samplers import checks
+from probbp.samplers.algorithm import check_algorithm
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.types import Tree
 
@@ -78,14 +79,13 @@ def adaptation(
         initial_step_size: where dual averaging starts.
 
     Raises:
-        ValueError: for an unknown metric, one that consumes gradients (ours are estimates), or a
-            target outside (0, 1).
+        TypeError: for a metric that is none, such as an array.
+        ValueError: for an unknown metric, one that consumes gradients (ours are estimates), a
+            target outside (0, 1), or a negative number of steps.
     """
     checks.check_step_size(initial_step_size)
-    if not 0 < target_acceptance_rate < 1:
-        raise ValueError(
-            f"target_acceptance_rate must lie between 0 and 1, got {target_acceptance_rate}."
-        )
+    checks.check_rate("target_acceptance_rate", target_acceptance_rate)
+    num_steps = checks.check_count("num_steps", num_steps, at_least=0)
     schedule = jnp.array(
         build_schedule(
             num_steps,
@@ -168,6 +168,7 @@ def warmup(
         >>> state, parameters = probbp.warmup(jax.random.key(0), algorithm, jnp.zeros(3), 200)
         >>> sampler = algorithm(**parameters)
     """
+    check_algorithm(algorithm, metric, on_density=True)
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     adapt = adaptation(
@@ -212,8 +213,13 @@ def _recipe(metric: str | MetricRecipe, num_params: int) -> MetricRecipe:
     if isinstance(metric, str):
         checks.check_choice("metric", metric, tuple(names))
         recipe = lookup_recipe(names[metric])
-    else:
+    elif isinstance(metric, MetricRecipe):
         recipe = metric
+    else:
+        raise TypeError(
+            f"metric must be {', '.join(map(repr, names))}, a MetricRecipe of BlackJAX or None, "
+            f"got {metric!r}. (A fixed matrix is given to the algorithm itself, with metric=None.)"
+        )
     if "gradients" in recipe.needs:
         raise ValueError(
             "This metric recipe takes gradients at their word, and ours are estimates: choose one "

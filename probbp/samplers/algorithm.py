@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,10 +96,70 @@ def target_acceptance_rate(algorithm: Callable) -> float:
     algorithm, _, options = _unwrapped(algorithm)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
-            f"No target acceptance rate is known for {algorithm}: pass target_acceptance_rate "
-            "(0.234 for random walks, 0.574 for MALA, 0.8 for HMC and NUTS)."
+            f"No target acceptance rate is known for {_name(algorithm)}: pass one, as "
+            "target_acceptance_rate to probbp.sample, as target_accept_prob to Kernel (0.234 for "
+            "random walks, 0.574 for MALA, 0.8 for HMC and NUTS)."
         )
     return algorithm.target_acceptance_rate(**options)
+
+
+def check_algorithm(algorithm: Any, metric: Any, *, on_density: bool) -> None:
+    """Require an algorithm that takes what warm-up learns, and needs nothing else.
+
+    Args:
+        algorithm: what a caller has given.
+        metric: as given to warm-up; `None` learns no inverse mass matrix.
+        on_density: whether the log density is bound already, as `probbp.sample` wants it, or is
+            still to come, as in `Kernel`.
+
+    Raises:
+        TypeError: with what to write instead.
+    """
+    base, args, options = _unwrapped(algorithm)
+    wanted = "probbp.mala"
+    if on_density:
+        wanted = f"functools.partial({_path(base) or wanted}, logdensity_fn)"
+    if isinstance(base, SamplingAlgorithm):
+        raise TypeError(
+            "This algorithm is built already, with a step size of its own, which warm-up is to "
+            f"find: pass {wanted}."
+        )
+    if not callable(base) or inspect.isclass(base):
+        way = " The order is rng_key, algorithm, position." if on_density else ""
+        if (base if inspect.isclass(base) else type(base)).__module__.startswith("numpyro"):
+            way = " A kernel of NumPyro runs in numpyro.infer.MCMC."
+        raise TypeError(
+            f"algorithm must be one of probbp's or BlackJAX's, got {_name(base)}: pass {wanted}."
+            f"{way}"
+        )
+    if brings_warmup(base):
+        return
+    try:
+        signature = inspect.signature(getattr(base, "differentiable", base))
+    except ValueError:  # made in C: it will tell by itself
+        return
+    takes = signature.parameters
+    if "step_size" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        way = f"pass the sampler, not the log density or a result, as {wanted}"
+        if _path(base):
+            way = "pass a function of step_size that returns it built"
+        raise TypeError(f"algorithm must take step_size=..., and {_name(base)} does not: {way}.")
+    if isinstance(base, Algorithm):  # which tells of other options by itself
+        options = {name: value for name, value in options.items() if name in takes}
+    learnt = {"step_size": 1.0} | ({} if metric is None else {"inverse_mass_matrix": None})
+    density = () if on_density else (lambda position: 0.0,)
+    try:
+        signature.bind(*args, *density, **{**options, **learnt})
+    except TypeError as error:
+        if args and not on_density:
+            way = f"pass {_path(base) or wanted}, as the model gives the log density"
+        elif "inverse_mass_matrix" in str(error):
+            way = "metric=None learns no inverse mass matrix"
+        elif "step_size" in str(error):
+            way = f"pass {wanted}, as warm-up finds the step size"
+        else:
+            way = f"pass {wanted}, with all its arguments but those that warm-up finds"
+        raise TypeError(f"algorithm {_name(base)}: {error}; {way}.") from None
 
 
 def brings_warmup(algorithm: Callable) -> bool:
@@ -139,3 +200,16 @@ def _unwrapped(algorithm):
         options = {**algorithm.keywords, **options}
         algorithm = algorithm.func
     return algorithm, args, options
+
+
+def _path(base):
+    """Return the name under which users find an algorithm, "" if it has none."""
+    module = getattr(getattr(base, "differentiable", None), "__module__", "").partition(".")[0]
+    names = vars(sys.modules[module]).items() if module in sys.modules else ()
+    return next((f"{module}.{name}" for name, value in names if value is base), "")
+
+
+def _name(algorithm):
+    """Return how a message names what was given as an algorithm."""
+    known = _path(algorithm) or getattr(algorithm, "__qualname__", "")
+    return known or f"an object of type {type(algorithm).__name__}"

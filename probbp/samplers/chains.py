@@ -1,8 +1,9 @@
 """Many chains in one call: dispersed starts, warm-up, sampling, and the result for ArviZ."""
 
 import os
+import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from tqdm.auto import tqdm
 
 from probbp.samplers import checkpoints, checks, progress, sinks, streams
 from probbp.samplers.adaptation import Metric, adaptation
-from probbp.samplers.algorithm import own_warmup
+from probbp.samplers.algorithm import check_algorithm, own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.samplers.devices import devices
+from probbp.samplers.endings import advice_on_memory, resumable, warn_of_a_run
 from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree
@@ -67,7 +69,9 @@ def sample(
     With a checkpoint the state is saved each time the run comes back to the host, and the draws are
     on disk as well. The same call, made again after whatever stopped the run, goes on where it
     stood. A process that is killed at any moment leaves the folder whole; against a power failure
-    there is only what the file system does. A checkpoint belongs to the key, the log density with
+    there is only what the file system does. Ctrl-C while draws are made returns those that are
+    there, with a warning that says how many; with a checkpoint or stream it is passed on, and says
+    how to go on. A checkpoint belongs to the key, the log density with
     the data that it closes over, the algorithm, the settings, and the version of JAX; with others
     it is refused. It may go on with another mesh.
 
@@ -117,10 +121,16 @@ def sample(
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
-        TypeError: for integer positions, and a log density that is no scalar.
+        OSError: for a disk that is full, in one sentence.
+        TypeError: for integer positions, a log density that is no scalar, and what is no algorithm
+            on a log density.
         ValueError: where no finite start is found, for counts that are not positive, chains that
             the mesh can't split evenly, and a checkpoint or stream that is damaged or another
-            run's.
+            run's; before the first step for names and labels that ArviZ would refuse or lose.
+
+    Warns:
+        UserWarning: where all proposals of a chain diverged or a step size grew without bound, as
+            under an improper density, and after Ctrl-C.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -135,10 +145,18 @@ def sample(
     # ArviZ is slow to import; a script that only takes kernels is spared it.
     from probbp.diagnostics.arviz import from_blackjax
 
+    num_samples = checks.check_count("num_samples", num_samples)
+    num_chains = checks.check_count("num_chains", num_chains)
+    thinning = checks.check_count("thinning", thinning)
+    if num_warmup is not None:
+        num_warmup = checks.check_count("num_warmup", num_warmup, at_least=0)
+    every = None if every is None else checks.check_count("every", every)
+    batch_size = None if batch_size is None else checks.check_count("batch_size", batch_size)
     counts = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    optional = {"every": every, "batch_size": batch_size}
-    for name, count in (counts | {k: v for k, v in optional.items() if v is not None}).items():
-        checks.check_count(name, count)
+    checks.check_spread("dispersion", dispersion)
+    checks.check_folder("checkpoint", checkpoint)
+    checks.check_folder("stream", stream)
+    check_algorithm(algorithm, metric, on_density=True)
     if "draw" in (coords or ()):
         raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
     if mesh is not None and batch_size is not None:
@@ -233,7 +251,8 @@ def sample(
         )
 
     with ExitStack() as stack:
-        stack.enter_context(_advice_on_memory())
+        stack.enter_context(resumable(checkpoint, stream))
+        stack.enter_context(advice_on_memory())
         found = save = None
         folder = checkpoint if stream is None else stream
         if folder is None:
@@ -287,37 +306,47 @@ def sample(
         step_size = on.get(learnt["step_size"])
         keys_fn = on.jit(sample_keys)
         run = on.jit(program.draw, donate_argnums=0)
-        for i in range(max(0, done - num_warmup), num_samples, chunk):
-            states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
-            num = min(chunk, num_samples - i)
-            draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
-            shown = sink.add(i, draws, step_size)
-            if progress_bar or folder is not None:
-                moments = progress.add(moments, shown)
-                divergent = divergent + np.sum(draws.infos.get("is_divergent", 0))
-                sink.note(moments)
-            if progress_bar:
-                progress.show(
-                    bar,
-                    num,
-                    draws.infos["acceptance_rate"],
-                    step_size,
-                    rhat=progress.worst_rhat(moments),
-                    divergent=divergent,
-                )
-            if save is not None:
-                save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
+        try:
+            for i in range(max(0, done - num_warmup), num_samples, chunk):
+                states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
+                num = min(chunk, num_samples - i)
+                draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
+                shown = sink.add(i, draws, step_size)
+                if progress_bar or folder is not None:
+                    moments = progress.add(moments, shown)
+                    divergent = divergent + np.sum(draws.infos.get("is_divergent", 0))
+                    sink.note(moments)
+                if progress_bar:
+                    progress.show(
+                        bar,
+                        num,
+                        draws.infos["acceptance_rate"],
+                        step_size,
+                        rhat=progress.worst_rhat(moments),
+                        divergent=divergent,
+                    )
+                if save is not None:
+                    save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
+        except KeyboardInterrupt:
+            if not sink.count():
+                raise
+            warnings.warn(
+                f"Interrupted after {sink.count()} of {num_samples} draws of each chain: these are "
+                "returned.",
+                stacklevel=2,
+            )
     data = sink.read(step_size)
     if own is not None:
         stats = data["sample_stats"]
         stats.attrs.update(own.report(on.get(adapted), stats["log_weight"].values))
+    warn_of_a_run(data["sample_stats"], step_size / initial_step_size)
     return data
 
 
 def _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size, mesh):
     """Raise for what does not concern an algorithm that brings its own warm-up."""
     given = {
-        "metric": metric != "diag",
+        "metric": not (isinstance(metric, str) and metric == "diag"),
         "target_acceptance_rate": target_acceptance_rate is not None,
         "initial_step_size": initial_step_size != 1.0,
         "mesh": mesh is not None,
@@ -328,17 +357,3 @@ def _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size,
             f"This algorithm learns from all chains by a warm-up of its own: leave out "
             f"{', '.join(names)}."
         )
-
-
-@contextmanager
-def _advice_on_memory():
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            error.add_note(
-                "The chains do not fit into memory together. `probbp.sample` takes a `batch_size`, "
-                "how many of them run at once; for draws that do not fit, `stream` and `every`. An "
-                "estimator of many tangents has a `batch_size` of its own."
-            )
-        raise

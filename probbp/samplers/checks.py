@@ -1,6 +1,9 @@
 """Bad input, told at the door in words."""
 
+import operator
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +74,10 @@ def check_step_size(step_size: float | jax.Array) -> None:
     """Require a positive, finite step size, unless it is being traced."""
     if not isinstance(step_size, Tracer):
         value = np.asarray(step_size)
-        if not np.all(np.isfinite(value) & (value > 0)):
+        if not (is_real(value) and np.all(np.isfinite(value) & (value > 0))):
             raise ValueError(
-                f"step_size must be positive and finite, got {step_size}. It is BlackJAX's h (drift"
-                " h * gradient, noise sqrt(2 h)); `probbp.sample` finds one by itself."
+                f"step_size must be positive and finite, got {step_size!r}. It is BlackJAX's h "
+                "(drift h * gradient, noise sqrt(2 h)); `probbp.sample` finds one by itself."
             )
 
 
@@ -84,10 +87,44 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"Unknown {name}={value!r}: choose one of {', '.join(choices)}.")
 
 
-def check_count(name: str, value: int) -> None:
-    """Require a positive integer."""
-    if value < 1 or value != int(value):
-        raise ValueError(f"{name} must be a positive integer, got {value}.")
+def check_count(name: str, value: Any, *, at_least: int = 1) -> int:
+    """Return an integer of Python, NumPy or JAX, positive unless `at_least` says otherwise."""
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or count < at_least:
+        kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    return count
+
+
+def check_rate(name: str, value: float) -> None:
+    """Require a number between zero and one."""
+    if isinstance(value, Tracer):
+        return
+    if not (is_real(value) and np.ndim(value) == 0 and 0 < value < 1):
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}.")
+
+
+def check_spread(name: str, value: float) -> None:
+    """Require a finite number that is not negative."""
+    if not (is_real(value) and np.ndim(value) == 0 and 0 <= value < np.inf):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+
+
+def check_folder(name: str, folder: str | os.PathLike[str] | None) -> None:
+    """Require the name of a folder, or none."""
+    if folder is not None and not (isinstance(folder, str | os.PathLike) and os.fspath(folder)):
+        raise ValueError(
+            f"{name} must be the path of a folder, or None to write nothing, got {folder!r}."
+        )
+
+
+def is_real(value: object) -> bool:
+    """Whether a value, or all of an array, is real and a number, neither truth nor text."""
+    dtype = np.asarray(value).dtype
+    return jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)
 
 
 def check_floor(floor: float) -> None:

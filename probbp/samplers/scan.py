@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from probbp.samplers import checkpoints, checks
 from probbp.samplers.devices import devices
+from probbp.samplers.endings import resumable
 from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest
 from probbp.types import Tree
@@ -76,9 +77,10 @@ def checkpointed_scan(
         ...         checkpoint=folder + "/svi", every=50, progress_bar=False)
         >>> params = svi.get_params(state)
     """
-    checks.check_count("length", length)
+    length = checks.check_count("length", length)
     every = -(-length // NUM_UPDATES) if every is None else every
-    checks.check_count("every", every)
+    every = checks.check_count("every", every)
+    checks.check_folder("checkpoint", checkpoint)
     on = devices(None, 1)
     # Once through `f`, so that Python's numbers among the carry have types.
     init = jax.tree.map(jnp.asarray, init)
@@ -95,6 +97,7 @@ def checkpointed_scan(
         return jax.eval_shape(lambda: init), ys
 
     with ExitStack() as stack:
+        stack.enter_context(resumable(checkpoint))
         found = save = None
         if checkpoint is not None:
             settings = {"length": length, "every": every}

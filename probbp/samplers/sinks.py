@@ -20,12 +20,14 @@ class Sink(NamedTuple):
         like: shapes (chain, ...) of what the run's moments are taken of.
         add: `(start, Draws, step sizes) -> ` the draws of which they are taken, (chain, draw, ...).
         note: `Moments -> None`, to be kept with the draws.
+        count: `() -> ` how many draws of each chain are held in memory.
         read: `step sizes -> ` the object of ArviZ.
     """
 
     like: Tree
     add: Callable[[int, Draws, np.ndarray], Tree]
     note: Callable[[Moments], None]
+    count: Callable[[], int]
     read: Callable[[np.ndarray], Any]
 
 
@@ -48,7 +50,10 @@ def in_memory(as_arviz: Callable[[Draws, np.ndarray], Any], like: Tree) -> Sink:
         history.clear()
         return as_arviz(draws, step_size)
 
-    return Sink(like, add, lambda moments: None, read)
+    def count():
+        return sum(draws.logdensity.shape[1] for draws in history)
+
+    return Sink(like, add, lambda moments: None, count, read)
 
 
 def of_few_draws(as_arviz: Callable, draws: Draws, step_size: np.ndarray) -> Any:
@@ -81,4 +86,4 @@ def on_disk(
         # In place for ArviZ 0.23, anew for xarray's DataTree.
         return data if is_lazy else data.load() or data
 
-    return Sink(moments_like(template), add, stream.note, read)
+    return Sink(moments_like(template), add, stream.note, lambda: 0, read)

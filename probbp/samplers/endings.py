@@ -1,0 +1,103 @@
+"""What a run says at a bad end: interrupted, out of memory or disk, or under no proper density."""
+
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+TOO_LARGE = 1e20
+"""A step size that grew by more than this in warm-up is called unbounded.
+
+It is the square of a length: a proper density is this far from the first step's scale only where
+its parameters have a standard deviation of 1e10, and the metric takes no account of it.
+"""
+
+FEW_DRAWS = 10
+"""Of fewer draws that all diverged nothing is said."""
+
+
+@contextmanager
+def resumable(
+    checkpoint: str | os.PathLike[str] | None, stream: str | os.PathLike[str] | None = None
+) -> Iterator[None]:
+    """Tell an interrupt, and a disk that is full, in one sentence that says how to go on.
+
+    Args:
+        checkpoint: the folder of the run's state, if any.
+        stream: the folder of the draws alone, if any.
+
+    Raises:
+        KeyboardInterrupt: for an interrupt, where there is a folder.
+        OSError: where the disk is full.
+    """
+    folder = stream if checkpoint is None else checkpoint
+    again = f"the same call goes on from the last state that was saved in {checkpoint}."
+    if checkpoint is None:
+        again = f"the same call starts {stream} from scratch; with checkpoint= it would go on."
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None:
+            raise
+        raise KeyboardInterrupt(f"Interrupted: {again}") from None
+    except Exception as error:
+        if folder is None or not _is_full(error):
+            raise
+        words = f"No space is left on the device of {folder}: make room, and {again}"
+        raise OSError(errno.ENOSPC, words) from None
+
+
+@contextmanager
+def advice_on_memory() -> Iterator[None]:
+    """Add what helps to JAX's error where memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            error.add_note(
+                "The chains do not fit into memory together. `probbp.sample` takes a `batch_size`, "
+                "how many of them run at once; for draws that do not fit, `stream` and `every`. An "
+                "estimator of many tangents has a `batch_size` of its own."
+            )
+        raise
+
+
+def warn_of_a_run(sample_stats: Any, growth: np.ndarray) -> None:
+    """Warn of what an improper density, or one that is broken, makes of a run.
+
+    Args:
+        sample_stats: ArviZ's group, whose `diverging`, (chain, draw), is read if it is there.
+        growth: (chain,), by what warm-up multiplied the step size.
+    """
+    seen = []
+    if "diverging" in sample_stats and sample_stats["diverging"].shape[1] >= FEW_DRAWS:
+        num_lost = int(np.sum(np.all(sample_stats["diverging"].values, axis=1)))
+        if num_lost:
+            seen.append(
+                f"all proposals of {num_lost} of {len(growth)} chains diverged (the log density "
+                "is NaN or infinite there)"
+            )
+    # What is no number is large, too.
+    num_large = int(np.sum(~(growth < TOO_LARGE)))
+    if num_large:
+        largest = np.max(np.nan_to_num(growth, nan=np.inf))
+        seen.append(f"the step size of {num_large} chains grew by {largest:.0e} in warm-up")
+    if seen:
+        warnings.warn(
+            f"This run saw that {' and that '.join(seen)}. Is the density improper? Look for a "
+            "parameter without a prior, a direction in which it is constant or grows, and overflow "
+            "far out.",
+            stacklevel=3,
+        )
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the operating system, or a storage library in its own words, says so."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    words = tuple(os.strerror(code) for code in codes)
+    return getattr(error, "errno", None) in codes or any(word in str(error) for word in words)
