@@ -155,6 +155,7 @@ IMPROPER = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:This run saw")  # test_endings.py
 @members(["mala", "pc_line_fmala"], quick=["mala"])
 @pytest.mark.parametrize(
     "target",

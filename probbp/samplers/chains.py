@@ -21,7 +21,7 @@ from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import check_algorithm, own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.samplers.devices import devices
-from probbp.samplers.endings import advice_on_memory, resumable, warn_of_a_run
+from probbp.samplers.endings import advice_on_memory, distance, resumable, warn_of_a_run
 from probbp.samplers.fingerprints import fingerprint
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree
@@ -306,6 +306,7 @@ def sample(
         step_size = on.get(learnt["step_size"])
         keys_fn = on.jit(sample_keys)
         run = on.jit(program.draw, donate_argnums=0)
+        reach = 0.0
         try:
             for i in range(max(0, done - num_warmup), num_samples, chunk):
                 states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
@@ -335,11 +336,13 @@ def sample(
                 "returned.",
                 stacklevel=2,
             )
+        else:
+            reach = distance(on.get(states.position), position, dispersion)
     data = sink.read(step_size)
     if own is not None:
         stats = data["sample_stats"]
         stats.attrs.update(own.report(on.get(adapted), stats["log_weight"].values))
-    warn_of_a_run(data["sample_stats"], step_size / initial_step_size)
+    warn_of_a_run(data["sample_stats"], step_size / initial_step_size, reach)
     return data
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-TOO_LARGE = 1e20
-"""A step size that grew by more than this in warm-up is called unbounded.
+from probbp.types import Tree
 
-It is the square of a length: a proper density is this far from the first step's scale only where
-its parameters have a standard deviation of 1e10, and the metric takes no account of it.
+TOO_FAR = 1e10
+"""A chain that comes farther than this many times the start's scale is called lost.
+
+So is a step size that grew or shrank by its square, as that is the square of a length.
 """
 
 FEW_DRAWS = 10
@@ -67,12 +68,13 @@ def advice_on_memory() -> Iterator[None]:
         raise
 
 
-def warn_of_a_run(sample_stats: Any, growth: np.ndarray) -> None:
+def warn_of_a_run(sample_stats: Any, growth: np.ndarray, reach: float) -> None:
     """Warn of what an improper density, or one that is broken, makes of a run.
 
     Args:
         sample_stats: ArviZ's group, whose `diverging`, (chain, draw), is read if it is there.
         growth: (chain,), by what warm-up multiplied the step size.
+        reach: where the chains ended, over the scale of where they started.
     """
     seen = []
     if "diverging" in sample_stats and sample_stats["diverging"].shape[1] >= FEW_DRAWS:
@@ -82,11 +84,12 @@ def warn_of_a_run(sample_stats: Any, growth: np.ndarray) -> None:
                 f"all proposals of {num_lost} of {len(growth)} chains diverged (the log density "
                 "is NaN or infinite there)"
             )
-    # What is no number is large, too.
-    num_large = int(np.sum(~(growth < TOO_LARGE)))
-    if num_large:
-        largest = np.max(np.nan_to_num(growth, nan=np.inf))
-        seen.append(f"the step size of {num_large} chains grew by {largest:.0e} in warm-up")
+    for bound, words in ((growth >= TOO_FAR**2, "grew"), (growth <= TOO_FAR**-2, "shrank")):
+        if np.any(bound):
+            factor = np.median(growth[bound])
+            seen.append(f"the step size of {np.sum(bound)} chains {words} to {factor:.0e} times")
+    if not reach < TOO_FAR:
+        seen.append(f"the chains are {reach:.0e} times as far out as they started")
     if seen:
         warnings.warn(
             f"This run saw that {' and that '.join(seen)}. Is the density improper? Look for a "
@@ -94,6 +97,16 @@ def warn_of_a_run(sample_stats: Any, growth: np.ndarray) -> None:
             "far out.",
             stacklevel=3,
         )
+
+
+def distance(position: Tree, start: Tree, dispersion: float) -> float:
+    """Return the largest entry of a position over that of a start, or the dispersion around it."""
+
+    def largest(tree):
+        return max(float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(tree))
+
+    scale = max(largest(start), float(dispersion))
+    return largest(position) / scale if scale > 0 else 0.0
 
 
 def _is_full(error: BaseException) -> bool:

@@ -1,0 +1,214 @@
+"""Runs that end badly: interrupted, on a full disk, under what is no density."""
+
+import errno
+import signal
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probbp
+from probbp.samplers import progress, scan, sinks
+
+OPTIONS = {"num_warmup": 3, "num_samples": 22, "every": 6, "num_chains": 3, "metric": None}
+
+
+def draw(**options):
+    return probbp.sample(
+        jax.random.key(0),
+        partial(probbp.mala, lambda x: -0.5 * jnp.sum(x**2)),
+        jnp.zeros(2),
+        **OPTIONS | {"progress_bar": False} | options,
+    )
+
+
+def at_call(monkeypatch, module, name, times, act):
+    """Call `act` after the `times`-th call of a function."""
+    function, calls = getattr(module, name), []
+
+    def acting(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == times:
+            act()
+        return result
+
+    monkeypatch.setattr(module, name, acting)
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+# ---------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+@pytest.mark.parametrize("stretches", [1, 2])
+def test_draws_that_are_there_are_returned(stretches, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_call(patch, progress, "show", 3 + stretches, interrupt)
+        with pytest.warns(UserWarning, match=f"after {6 * stretches} of 22 draws of each chain"):
+            data = draw(progress_bar=True)
+    whole = draw()
+    assert data.posterior["x"].shape == (3, 6 * stretches, 2)
+    for group in ("posterior", "sample_stats"):
+        for name, values in data[group].data_vars.items():
+            kept = whole[group][name].values[:, : 6 * stretches]
+            np.testing.assert_array_equal(values.values, kept)
+    assert "sampling" in capsys.readouterr().err
+
+
+def test_in_warm_up_there_is_nothing_to_return(monkeypatch, capsys):
+    at_call(monkeypatch, progress, "show", 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(progress_bar=True)
+    assert "warm-up" in capsys.readouterr().err
+
+
+def test_with_a_checkpoint_one_sentence_says_how_to_go_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, progress, "add", 2, interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            draw(checkpoint=tmp_path / "run")
+    assert str(caught.value) == (
+        "Interrupted: the same call goes on from the last state that was saved in "
+        f"{tmp_path / 'run'}."
+    )
+    assert caught.value.__suppress_context__
+    # Three steps of warm-up and one stretch of draws.
+    assert (tmp_path / "run" / "states" / "9").is_dir()
+    data = draw(checkpoint=tmp_path / "run")
+    np.testing.assert_array_equal(data.posterior["x"].values, draw().posterior["x"].values)
+
+
+def test_with_a_stream_alone_the_call_starts_from_scratch(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, progress, "add", 2, interrupt)
+        with pytest.raises(KeyboardInterrupt, match="starts .*draws from scratch; with checkpoint"):
+            draw(stream=tmp_path / "draws")
+    data = draw(stream=tmp_path / "draws")
+    np.testing.assert_array_equal(data.posterior["x"].values, draw().posterior["x"].values)
+
+
+def loop(**options):
+    return probbp.checkpointed_scan(
+        lambda carry, _: (carry + 1, carry),
+        jnp.zeros(()),
+        6,
+        every=2,
+        progress_bar=False,
+        **options,
+    )
+
+
+def test_a_loop_says_it_too(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, scan, "_show", 2, interrupt)
+        with pytest.raises(KeyboardInterrupt, match="Interrupted: the same call goes on"):
+            loop(checkpoint=tmp_path / "run")
+    assert (tmp_path / "run" / "states" / "2").is_dir()
+    np.testing.assert_array_equal(loop(checkpoint=tmp_path / "run")[1], np.arange(6))
+
+
+# ---------------------------------------------------------------------------------------
+# A full disk, in the words of Python, of TensorStore and of a quota.
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError(
+        'RESOURCE_EXHAUSTED: Error writing "0/0.0" in OCDBT database: Failed to write 50044 bytes '
+        "to file 17: No space left on device [os_error_code='28']"
+    ),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("option", ["checkpoint", "stream"])
+def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    words = {
+        "checkpoint": f"the same call goes on from the last state that was saved in {folder}.",
+        "stream": f"the same call starts {folder} from scratch; with checkpoint= it would go on.",
+    }
+    with monkeypatch.context() as patch:
+        at_call(patch, sinks, "of_few_draws", 3, raising(error))
+        with pytest.raises(OSError, match="No space") as caught:
+            draw(**{option: folder})
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.strerror == (
+        f"No space is left on the device of {folder}: make room, and {words[option]}"
+    )
+    assert caught.value.__suppress_context__
+    data = draw(**{option: folder})
+    np.testing.assert_array_equal(data.posterior["x"].values, draw().posterior["x"].values)
+
+
+def test_other_errors_are_left_alone(tmp_path, monkeypatch):
+    error = OSError(errno.EACCES, "Permission denied")
+    at_call(monkeypatch, sinks, "of_few_draws", 3, raising(error))
+    with pytest.raises(OSError, match="Permission denied") as caught:
+        draw(checkpoint=tmp_path / "run")
+    assert caught.value is error
+
+
+# ---------------------------------------------------------------------------------------
+# What is no density
+
+ALL = "all proposals of 4 of 4 chains diverged"
+CONSTANT = lambda x: 0.0 * jnp.sum(x)  # noqa: E731
+# A log density, the length of warm-up, the dtype, and what is seen.
+IMPROPER = {
+    "constant": (CONSTANT, 300, "float64", "4 chains grew to .*e.93 times and that the chains"),
+    "constant, until it overflows": (CONSTANT, 1000, "float64", ALL),
+    "constant, in single precision": (CONSTANT, 300, "float32", "are 3e.38 times as far out"),
+    "finite at the start alone": (
+        lambda x: jnp.where(jnp.all(x == 1), 0.0, jnp.nan),
+        20,
+        "float64",
+        ALL,
+    ),
+    "the same, after a longer warm-up": (
+        lambda x: jnp.where(jnp.all(x == 1), 0.0, jnp.nan),
+        100,
+        "float64",
+        "step size of 4 chains shrank to 2e-29 times",
+    ),
+}
+
+
+def under(logdensity_fn, num_warmup, position):
+    return probbp.sample(
+        jax.random.key(0),
+        partial(probbp.mala, logdensity_fn),
+        position,
+        num_warmup=num_warmup,
+        num_samples=20,
+        progress_bar=False,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("name", IMPROPER)
+def test_an_improper_density_is_told(name):
+    logdensity_fn, num_warmup, dtype, words = IMPROPER[name]
+    with pytest.warns(UserWarning, match=f"This run saw .*{words}.* Is the density improper"):
+        under(logdensity_fn, num_warmup, jnp.ones(2, dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_proper_density_of_any_scale_is_not(scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        under(lambda x: -0.5 * jnp.sum((x / scale) ** 2), 300, scale * jnp.ones(2))
