@@ -147,6 +147,29 @@ def test_the_warm_up_survives_a_broken_density(name):
     assert 0.1 < data.sample_stats["acceptance_rate"].values.mean() < 0.9
 
 
+def test_no_number_outside_the_support_is_as_good_as_minus_infinity():
+    """A Gamma law, whose logarithm is NaN for negative values, with and without a guard."""
+
+    def guarded(x):
+        inside = x["x"] > 0
+        safe = jnp.where(inside, x["x"], 1.0)
+        return jnp.where(inside, jnp.log(safe) - safe, -jnp.inf)
+
+    def draw(logdensity_fn):
+        return probbp.sample(
+            jax.random.key(0),
+            partial(probbp.mala, logdensity_fn),
+            {"x": jnp.array(2.0)},
+            num_warmup=100,
+            num_samples=50,
+            progress_bar=False,
+        )
+
+    bare = draw(lambda x: jnp.log(x["x"]) - x["x"])
+    assert bare.sample_stats["diverging"].values.any()
+    np.testing.assert_array_equal(bare.posterior["x"].values, draw(guarded).posterior["x"].values)
+
+
 IMPROPER = {
     "flat": lambda x: 0.0 * jnp.sum(x["x"]),
     "growing": lambda x: jnp.sum(x["x"] ** 2) / 2,

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -129,8 +129,8 @@ def sample(
             run's; before the first step for names and labels that ArviZ would refuse or lose.
 
     Warns:
-        UserWarning: where all proposals of a chain diverged or a step size grew without bound, as
-            under an improper density, and after Ctrl-C.
+        UserWarning: where all proposals of a chain diverged, or step sizes or positions left every
+            scale, as under an improper density; and after Ctrl-C.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -157,7 +157,7 @@ def sample(
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)
-    if "draw" in (coords or ()):
+    if isinstance(coords, Mapping) and "draw" in coords:
         raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
