@@ -465,6 +465,7 @@ def test_rhat_so_far_is_gelman_and_rubin_s():
     assert np.isnan(progress.worst_rhat(one))
 
 
+@pytest.mark.filterwarnings("ignore:This run saw")
 def test_trouble_is_seen_while_it_runs(capsys):
     """One chain can't move, and the others fall off an edge now and then."""
 
