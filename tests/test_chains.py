@@ -189,7 +189,7 @@ def test_a_callable_position_gives_the_starts():
     ],
 )
 def test_blackjax_s_own_algorithms(algorithm, options):
-    with pytest.raises(ValueError, match="pass target_acceptance_rate"):
+    with pytest.raises(ValueError, match="as target_acceptance_rate to probbp.sample"):
         quiet(jax.random.key(0), algorithm, START, **options)
     data = quiet(
         jax.random.key(0),

@@ -640,7 +640,7 @@ def no_sites(y):
         (lambda: Kernel(), "either a model or a potential_fn"),
         (lambda: Kernel(conjugate, probbp.mala, potential_fn=jnp.sum), "either a model or a"),
         (lambda: Kernel(conjugate), "an algorithm, such as"),
-        (lambda: Kernel(conjugate, blackjax.nuts), "pass target_acceptance_rate"),
+        (lambda: Kernel(conjugate, blackjax.nuts), "as target_accept_prob to Kernel"),
         (
             lambda: mcmc_of(Kernel(mixture, probbp.mala)).run(jax.random.key(0), Y),
             r"\['z'\] are discrete.*Gibbs",
