@@ -118,16 +118,13 @@ def from_svi(
         (5, 7)
     """
     check_number("prior_scale", prior_scale, "(0, inf)")
-    epoch_steps = check_count("epoch_steps", epoch_steps)
-    num_particles = check_count("num_particles", num_particles)
-    num_draws = check_count("num_draws", num_draws)
-    num_candidates = check_count("num_candidates", num_candidates)
-    num_steps = check_count("num_steps", num_steps, 0)
+    sizes = {"epoch_steps": epoch_steps, "num_particles": num_particles, "num_draws": num_draws}
+    epoch_steps, num_particles, num_draws = (check_count(*size) for size in sizes.items())
     search = Search(
         optax.adam(0.02) if search_optimiser is None else search_optimiser,
         score,
-        num_candidates,
-        num_steps,
+        check_count("num_candidates", num_candidates),
+        check_count("num_steps", num_steps, 0),
         init_scale,
         activation,
         partial_out,
@@ -135,15 +132,8 @@ def from_svi(
     layer_fn = partial(ops.grown, activation=activation)
     kernels = _kernels(rng_key, model, args, kwargs, layers)
     programs = {}
-    accept = jax.jit(
-        partial(
-            _accept,
-            search=search,
-            prior_scale=prior_scale,
-            accept_all=accept_all,
-            num_draws=num_draws,
-        )
-    )
+    rules = {"prior_scale": prior_scale, "accept_all": accept_all, "num_draws": num_draws}
+    accept = jax.jit(partial(_accept, search=search, **rules))
 
     def program(masks):
         """Return SVI, and its compiled functions, for the sites that these masks have."""
