@@ -336,7 +336,7 @@ DOORS = {
             "side": CHOICE,
             "decay": PROBABILITY,
             "refresh": COUNT,
-            "eps": POSITIVE,
+            "eps": NOT_NEGATIVE,
         },
     ),
     "probbp.optim.dsbp.start": Door(
@@ -1164,7 +1164,7 @@ probbp.models.runge_kutta: step
 probbp.models.state_space: kalman streamed
 """
 ELSEWHERE = """
-probbp: checkpointed_scan log_evidence sample surrogate warmup
+probbp: checkpointed_scan log_evidence sample warmup
 probbp.diagnostics: from_blackjax gradient_quality numpyro_simulator plot_gradient_quality
     plot_ranks simulation_based_calibration uniformity
 probbp.models.blob: load

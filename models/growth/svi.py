@@ -126,15 +126,8 @@ def from_svi(
     layer_fn = partial(ops.grown, activation=activation)
     kernels = _kernels(rng_key, model, args, kwargs, layers)
     programs = {}
-    accept = jax.jit(
-        partial(
-            _accept,
-            search=search,
-            prior_scale=prior_scale,
-            accept_all=accept_all,
-            num_draws=num_draws,
-        )
-    )
+    rules = {"prior_scale": prior_scale, "accept_all": accept_all, "num_draws": num_draws}
+    accept = jax.jit(partial(_accept, search=search, **rules))
 
     def program(masks):
         """Return SVI, and its compiled functions, for the sites that these masks have."""

@@ -144,7 +144,7 @@ def scale_by_dynamic_spectral(
     """
     rank = check_count("rank", rank)
     check_number("decay", decay, "[0, 1]")
-    check_number("eps", eps, "(0, inf)")
+    check_number("eps", eps, "[0, inf)")
     if not isinstance(refresh, Tracer):
         refresh = check_count("refresh", refresh)
     _check(mode, source, side, inner)
