@@ -78,10 +78,15 @@ def adaptation(
         initial_step_size: where dual averaging starts.
 
     Raises:
-        ValueError: for an unknown metric, one that consumes gradients (ours are estimates), or a
-            target outside (0, 1).
+        ValueError: for an unknown metric, one that consumes gradients (ours are estimates), a
+            target outside (0, 1), or a negative length.
     """
     checks.check_step_size(initial_step_size)
+    if num_steps < 0:
+        raise ValueError(
+            f"The warm-up must have a length of 0 or more, got num_steps={num_steps}; 0 learns "
+            "nothing, and keeps the initial step size."
+        )
     if not 0 < target_acceptance_rate < 1:
         raise ValueError(
             f"target_acceptance_rate must lie between 0 and 1, got {target_acceptance_rate}."
