@@ -71,7 +71,8 @@ def forward(
     Raises:
         ValueError: if `num_tangents` is not positive, or more orthogonal tangents are asked for
             than there are parameters, or `tangents` is none of the three.
-        TypeError: if a leaf of the parameters is not floating point.
+        TypeError: if a leaf of the parameters is not floating point, or for `forward` that was not
+            called where an estimator is wanted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -85,6 +86,11 @@ def forward(
         Baydin et al., 2022, arXiv:2202.08587 (forward gradients); Fluegel et al., 2024,
         arXiv:2410.17764 (several orthogonal tangents).
     """
+    if callable(num_tangents):
+        raise TypeError(
+            "forward was given a function in place of num_tangents: call it first, as in "
+            "estimator=forward() or forward()(fun)."
+        )
     num_tangents = check_count("num_tangents", num_tangents)
     check_choice("tangents", tangents, ("gaussian", "unit", "orthogonal"))
     if batch_size is not None:

@@ -193,6 +193,7 @@ def test_through_starts_its_state_afresh():
     ("make", "error", "words"),
     [
         (lambda: forward(num_tangents=0), ValueError, "num_tangents must be a positive"),
+        (lambda: forward(fun), TypeError, r"call it first, as in estimator=forward\(\)"),
         (lambda: forward(tangents="sobol"), ValueError, "'gaussian', 'unit' or 'orthogonal'"),
         (lambda: averaged(reverse(), 0), ValueError, "num must be a positive"),
         (

@@ -26,7 +26,7 @@ from numpyro.infer.util import initialize_model
 from tables import SAMPLERS, VARIANTS, members
 
 import probbp
-from probbp.estimators import forward, reverse, through
+from probbp.estimators import averaged, forward, reverse, through
 from probbp.numpyro import Kernel, Optim, subsampled
 from probbp.ops import substitute
 
@@ -654,6 +654,57 @@ def no_sites(y):
 def test_bad_input(act, words):
     with pytest.raises(ValueError, match=words):
         act()
+
+
+TWO = {"a": jnp.zeros(3), "b": jnp.zeros((3, 2))}
+STARTS = {
+    "a site is missing": ({"a": TWO["a"]}, r"latent sites \['a', 'b'\], got \['a'\]"),
+    "one too many": (TWO | {"c": TWO["a"]}, r"latent sites \['a', 'b'\], got \['a', 'b', 'c'\]"),
+    "no dictionary": (TWO["a"], r"latent sites \['a', 'b'\], got [A-Za-z]*Array"),
+    "another shape": (TWO | {"b": jnp.zeros((3, 4))}, r"init_params\['b'\] must have the shape"),
+    "one start": (TWO | {"b": jnp.zeros((1, 2))}, r"init_params\['b'\] .* \(3, 2\).*got \(1, 2\)"),
+}
+
+
+@members(STARTS)
+def test_starts_that_are_not_those_of_the_model_s_sites(name):
+    def model():
+        numpyro.sample("a", dist.Normal(0, 1))
+        numpyro.sample("b", dist.Normal(0, 1).expand([2]).to_event(1))
+
+    start, words = STARTS[name]
+    with pytest.raises(ValueError, match=words):
+        mcmc_of(Kernel(model, probbp.mala), 5, 5, 3).run(jax.random.key(0), init_params=start)
+    if jnp.shape(jax.tree.leaves(start)[-1])[0] == 3:
+        one = jax.tree.map(lambda leaf: leaf[0], start)
+        with pytest.raises(ValueError, match=words):
+            mcmc_of(Kernel(model, probbp.mala), 5, 5, 1).run(jax.random.key(0), init_params=one)
+
+
+def test_a_potential_needs_a_start_for_each_chain():
+    kernel = Kernel(potential_fn=lambda x: sum(map(jnp.sum, x)), algorithm=probbp.mala)
+    starts = (jnp.zeros(3), jnp.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"init_params\[1\] .* 3 along the first axis"):
+        mcmc_of(kernel, 5, 5, 3).run(jax.random.key(0), init_params=starts)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "words"),
+    [
+        ("forward", "estimator must be a function, got 'forward'.*estimator=forward"),
+        (reverse, r"reverse takes \(\).*estimator=forward\(\)"),
+        (averaged, "averaged takes .*estimator=forward"),
+    ],
+)
+def test_what_is_no_estimator(estimator, words):
+    doors = (
+        lambda: probbp.mala(jnp.sum, 0.1, estimator=estimator),
+        lambda: Optim(optax.sgd(0.1), estimator),
+        lambda: subsampled(jax.random.key(0), conjugate, estimator=estimator),
+    )
+    for door in doors:
+        with pytest.raises(TypeError, match=words):
+            door()
 
 
 def test_bad_input_of_optim():

@@ -60,7 +60,8 @@ class Kernel(MCMCKernel):
         init_strategy: NumPyro's, per site.
 
     Raises:
-        ValueError: for neither or both of `model` and `potential_fn`, a model without latent
+        ValueError: for starts that are not those of the model's latent sites, one for each chain;
+            for neither or both of `model` and `potential_fn`, a model without latent
             sites, one with discrete ones or with latent sites inside a plate that subsamples, one
             whose mini-batches don't average to all rows, or one whose log density depends on
             `numpyro.prng_key()`.
@@ -134,6 +135,8 @@ class Kernel(MCMCKernel):
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)
+        if not is_single:
+            _check_number_of_starts(start, len(rng_key))
         if brings_warmup(self._algorithm):
             return self._init_pooled(rng_key, num_warmup, start, model_args, model_kwargs)
         num_chains = 1 if is_single else len(rng_key)
@@ -243,6 +246,7 @@ class Kernel(MCMCKernel):
         self._potential_fn_gen = info.potential_fn
         self._postprocess_fn = info.postprocess_fn
         start = info.param_info.z if init_params is None else init_params
+        _check_sites_of_start(start, info.param_info.z)
         one_start = start if is_prng_key(rng_key) else jax.tree.map(lambda leaf: leaf[0], start)
         if self._draws_keys:
             checks.check_key(self._logdensity_fn(model_args, model_kwargs), one_start)
@@ -330,6 +334,32 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
+
+
+def _check_sites_of_start(start: Tree, expected: dict[str, jax.Array]) -> None:
+    """Require a value for each latent site of the model, and none beside."""
+    if not isinstance(start, dict) or set(start) != set(expected):
+        names = sorted(start) if isinstance(start, dict) else type(start).__name__
+        raise ValueError(
+            f"init_params must have the model's latent sites {sorted(expected)}, got {names}. Give "
+            "one unconstrained value to each, or leave init_params out and choose by init_strategy."
+        )
+    for name, value in expected.items():
+        if jnp.shape(start[name]) != jnp.shape(value):
+            raise ValueError(
+                f"init_params[{name!r}] must have the shape {jnp.shape(value)}, with the chains in "
+                f"front where there are several, got {jnp.shape(start[name])}."
+            )
+
+
+def _check_number_of_starts(start: Tree, num_chains: int) -> None:
+    """Require the chains as leading axis of each leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start):
+        if jnp.shape(leaf)[:1] != (num_chains,):
+            raise ValueError(
+                f"init_params{jax.tree_util.keystr(path)} has the shape {jnp.shape(leaf)}: of "
+                f"{num_chains} chains each needs a start, {num_chains} along the first axis."
+            )
 
 
 def _refuse_beside_own_warmup(step_size, target_accept_prob, metric):

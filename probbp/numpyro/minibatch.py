@@ -129,6 +129,7 @@ def subsampled(
         ValueError: for a model without a plate that subsamples, with latent sites inside one, with
             discrete latent sites or none, with more rows to draw than there are; and, unless it is
             being traced, where mini-batches don't average to all rows.
+        TypeError: for an estimator that is none.
 
     Example:
         >>> import blackjax, jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, probbp
@@ -148,6 +149,8 @@ def subsampled(
         Welling & Teh, 2011 (stochastic gradient Langevin dynamics); Baker et al., 2019,
         arXiv:1706.05439 (control variates: `blackjax.sgmcmc.gradients.control_variates`).
     """
+    if estimator is not None:
+        checks.check_estimator(estimator)
     key_trace, key_rows, key_init, key_all = jax.random.split(rng_key, 4)
     model_kwargs = {} if model_kwargs is None else model_kwargs
     plates, draws_keys = inspect_model(model, key_trace, model_args, model_kwargs, init_strategy)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import _NumPyroOptim
 
+from probbp.samplers import checks
 from probbp.types import Estimator, Tree, ways_out
 
 
@@ -47,7 +48,7 @@ class Optim(_NumPyroOptim):
             for the activations that `probbp.optim.dsbp` tracks.
 
     Raises:
-        TypeError: for a transformation that is not Optax's.
+        TypeError: for a transformation that is not Optax's, or an estimator that is none.
         ValueError: when SVI is asked for `forward_mode_differentiation`, which is the estimator's
             choice here.
 
@@ -78,6 +79,7 @@ class Optim(_NumPyroOptim):
                 f"Optim needs an Optax transformation such as optax.adam(1e-2), not "
                 f"{type(transformation).__name__}."
             )
+        checks.check_estimator(estimator)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
         transformation = optax.with_extra_args_support(transformation)
 

@@ -1,5 +1,6 @@
 """Bad input, told at the door in words."""
 
+import inspect
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -89,6 +90,24 @@ def check_step_size(step_size: float | jax.Array) -> None:
                 f"step_size must be positive and finite, got {step_size!r}. It is BlackJAX's h "
                 "(drift h * gradient, noise sqrt(2 h)); `probbp.sample` finds one by itself."
             )
+
+
+def check_estimator(estimator: Any) -> None:
+    """Require a function of a function: an estimator, not its name, and not what makes one."""
+    way_out = "Pass what a function of probbp.estimators returns, such as estimator=forward()."
+    if not callable(estimator):
+        raise TypeError(f"estimator must be a function, got {estimator!r}. {way_out}")
+    try:
+        signature = inspect.signature(estimator)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(jax.numpy.sum)
+    except TypeError:
+        raise TypeError(
+            f"estimator must take a function, and {getattr(estimator, '__name__', estimator)} "
+            f"takes {signature}. {way_out}"
+        ) from None
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

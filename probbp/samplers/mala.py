@@ -149,6 +149,7 @@ def as_top_level_api(
 
     Raises:
         ValueError: for a step size that is not positive and finite, or an unknown policy.
+        TypeError: for an estimator that is none.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -163,6 +164,8 @@ def as_top_level_api(
     """
     checks.check_step_size(step_size)
     checks.check_choice("key_policy", key_policy, KEY_POLICIES)
+    if estimator is not None:
+        checks.check_estimator(estimator)
     metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
     return build_sampling_algorithm(
         partial(build_kernel(), estimator=estimator, key_policy=key_policy),

@@ -176,7 +176,8 @@ def step_keys(
     keys, without the memory for all of them. There must be fewer than 2**32.
     """
     chains = jnp.arange(num_chains, dtype=jnp.uint32)[:, None]
-    index = chains * jnp.uint32(num_steps) + start + jnp.arange(num, dtype=jnp.uint32)
+    steps = start + jnp.arange(num, dtype=jnp.uint32)[None]
+    index = chains * jnp.uint32(num_steps) + steps
     return jax.vmap(jax.vmap(partial(jax.random.fold_in, rng_key)))(index)
 
 
