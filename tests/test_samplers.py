@@ -636,7 +636,7 @@ def test_starts_are_checked(algorithm, logdensity_fn, start, error, words):
             lambda: probbp.warmup(
                 jax.random.key(0), partial(probbp.mala, normal), jnp.ones(3), num_steps=-1
             ),
-            "a length of 0 or more, got num_steps=-1",
+            "num_steps must be an integer of at least 0, got -1",
         ),
     ],
 )

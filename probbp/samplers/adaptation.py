@@ -18,6 +18,7 @@ from blackjax.adaptation.metric_recipes import MetricRecipe, lookup_recipe
 from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
+from probbp.checks import check_choice, check_count, check_number
 from probbp.samplers import checks
 from probbp.samplers.algorithm import check_algorithm
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
@@ -84,8 +85,8 @@ def adaptation(
             target outside (0, 1), or a negative number of steps.
     """
     checks.check_step_size(initial_step_size)
-    checks.check_rate("target_acceptance_rate", target_acceptance_rate)
-    num_steps = checks.check_count("num_steps", num_steps, at_least=0)
+    check_number("target_acceptance_rate", target_acceptance_rate, "(0, 1)")
+    num_steps = check_count("num_steps", num_steps, 0)
     schedule = jnp.array(
         build_schedule(
             num_steps,
@@ -211,7 +212,7 @@ def _recipe(metric: str | MetricRecipe, num_params: int) -> MetricRecipe:
     """Look a metric up, and fit its rank to the position."""
     names = {"diag": "welford_diag", "dense": "welford_dense", "low_rank": "sample_cov_low_rank"}
     if isinstance(metric, str):
-        checks.check_choice("metric", metric, tuple(names))
+        check_choice("metric", metric, tuple(names))
         recipe = lookup_recipe(names[metric])
     elif isinstance(metric, MetricRecipe):
         recipe = metric

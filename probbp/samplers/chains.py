@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from probbp.checks import check_count, check_number
 from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
@@ -147,15 +148,15 @@ def sample(
     # ArviZ is slow to import; a script that only takes kernels is spared it.
     from probbp.diagnostics.arviz import from_blackjax
 
-    num_samples = checks.check_count("num_samples", num_samples)
-    num_chains = checks.check_count("num_chains", num_chains)
-    thinning = checks.check_count("thinning", thinning)
+    num_samples = check_count("num_samples", num_samples)
+    num_chains = check_count("num_chains", num_chains)
+    thinning = check_count("thinning", thinning)
     if num_warmup is not None:
-        num_warmup = checks.check_count("num_warmup", num_warmup, at_least=0)
-    every = None if every is None else checks.check_count("every", every)
-    batch_size = None if batch_size is None else checks.check_count("batch_size", batch_size)
+        num_warmup = check_count("num_warmup", num_warmup, 0)
+    every = None if every is None else check_count("every", every)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     counts = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    checks.check_spread("dispersion", dispersion)
+    check_number("dispersion", dispersion, "[0, inf)")
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)

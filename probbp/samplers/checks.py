@@ -1,9 +1,8 @@
 """Bad input, told at the door in words."""
 
 import inspect
-import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,38 +107,6 @@ def check_estimator(estimator: Any) -> None:
             f"estimator must take a function, and {getattr(estimator, '__name__', estimator)} "
             f"takes {signature}. {way_out}"
         ) from None
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Require one of the choices."""
-    if value not in choices:
-        raise ValueError(f"Unknown {name}={value!r}: choose one of {', '.join(choices)}.")
-
-
-def check_count(name: str, value: Any, *, at_least: int = 1) -> int:
-    """Return an integer of Python, NumPy or JAX, positive unless `at_least` says otherwise."""
-    try:
-        count = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or count < at_least:
-        kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
-        raise ValueError(f"{name} must be {kind}, got {value!r}.")
-    return count
-
-
-def check_rate(name: str, value: float) -> None:
-    """Require a number between zero and one."""
-    if isinstance(value, Tracer):
-        return
-    if not (is_real(value) and np.ndim(value) == 0 and 0 < value < 1):
-        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}.")
-
-
-def check_spread(name: str, value: float) -> None:
-    """Require a finite number that is not negative."""
-    if not (is_real(value) and np.ndim(value) == 0 and 0 <= value < np.inf):
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 
 def check_folder(name: str, folder: str | os.PathLike[str] | None) -> None:

@@ -16,6 +16,7 @@ from blackjax.mcmc.mala import MALAState
 from blackjax.mcmc.metrics import default_metric
 from blackjax.util import generate_unit_vector
 
+from probbp.checks import check_choice
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
@@ -123,7 +124,7 @@ def op_key(rng_key: jax.Array) -> jax.Array:
 def check_policy(key_policy: str, curvature: Curvature) -> None:
     """Require a known policy; what is carried is a slope, and no curvature with it."""
     choices = ("refreshed", "shared") if curvature is not no_curvature else KEY_POLICIES
-    checks.check_choice("key_policy", key_policy, choices)
+    check_choice("key_policy", key_policy, choices)
 
 
 def top_level_api(

@@ -16,6 +16,7 @@ from blackjax.mcmc.mala import MALAState
 from blackjax.util import generate_unit_vector
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
@@ -161,8 +162,8 @@ def as_top_level_api(
     Reference:
         Cobb & Jha, 2025, arXiv:2505.18081 (Line-FMALA; the plane and the held line are ours).
     """
-    checks.check_count("num_tangents", num_tangents)
-    checks.check_count("num_inner_steps", num_inner_steps)
+    check_count("num_tangents", num_tangents)
+    check_count("num_inner_steps", num_inner_steps)
     return top_level_api(
         build_line_kernel,
         logdensity_fn,
@@ -217,8 +218,8 @@ def pc_as_top_level_api(
     Reference:
         Cobb & Jha, 2025, arXiv:2505.18081 (PC-Line-FMALA; plane, floor and held line are ours).
     """
-    checks.check_count("num_tangents", num_tangents)
-    checks.check_count("num_inner_steps", num_inner_steps)
+    check_count("num_tangents", num_tangents)
+    check_count("num_inner_steps", num_inner_steps)
     checks.check_floor(floor)
     return top_level_api(
         build_pc_line_kernel,

@@ -18,6 +18,7 @@ from blackjax.mcmc.metrics import default_metric
 from blackjax.mcmc.proposal import static_binomial_sampling
 from blackjax.util import generate_gaussian_noise
 
+from probbp.checks import check_choice
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.whitening import IDENTITY, Whitening, whitening
@@ -107,7 +108,7 @@ def build_kernel() -> Callable:
         estimator: Estimator | None = None,
         key_policy: KeyPolicy = "carried",
     ) -> tuple[MALAState, MALAInfo]:
-        checks.check_choice("key_policy", key_policy, KEY_POLICIES)
+        check_choice("key_policy", key_policy, KEY_POLICIES)
         white = whitening(inverse_mass_matrix, state.position)
         value_and_grad = white_value_and_grad(estimator, logdensity_fn, white)
 
@@ -163,7 +164,7 @@ def as_top_level_api(
         Neklyudov et al., 2020, arXiv:2006.16653).
     """
     checks.check_step_size(step_size)
-    checks.check_choice("key_policy", key_policy, KEY_POLICIES)
+    check_choice("key_policy", key_policy, KEY_POLICIES)
     if estimator is not None:
         checks.check_estimator(estimator)
     metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from tqdm.auto import tqdm
 
+from probbp.checks import check_count
 from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
@@ -80,9 +81,9 @@ def checkpointed_scan(
         ...         checkpoint=folder + "/svi", every=50, progress_bar=False)
         >>> params = svi.get_params(state)
     """
-    length = checks.check_count("length", length)
+    length = check_count("length", length)
     every = -(-length // NUM_UPDATES) if every is None else every
-    every = checks.check_count("every", every)
+    every = check_count("every", every)
     checks.check_folder("checkpoint", checkpoint)
     _refuse_tracers(init)
     on = devices(None, 1)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count
 from probbp.samplers import checks
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.inner import (
@@ -120,7 +121,7 @@ def log_evidence(
         Bennett, 1976; Meng & Wong, 1996 (the optimal bridge); Frühwirth-Schnatter, 2004 (its
         error); Overstall & Forster, 2010 (a reference from one half of the draws).
     """
-    checks.check_count("num_evaluations", num_evaluations)
+    check_count("num_evaluations", num_evaluations)
     flat, unravel = _flat(draws)
     num_chains, num_draws, dim = flat.shape
     if num_chains * num_draws < 200:
