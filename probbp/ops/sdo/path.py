@@ -136,7 +136,7 @@ class Walk(NamedTuple):
 
     def _scaled(self, x, factors):
         """Multiply samples (batch, ...) by factors (r,) or (batch, r), in the eigenbasis."""
-        flat = x.reshape(x.shape[0], -1)
+        flat, factors = x.reshape(x.shape[0], -1), jnp.atleast_2d(factors)
         if self.basis is None:
             return (flat * factors).reshape(x.shape)
         basis = self.basis.astype(x.dtype)

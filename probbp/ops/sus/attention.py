@@ -163,7 +163,7 @@ def dot_product_attention(
         output = sparse(options, query, key, value, bias, seen, rng_key)
     output = jnp.swapaxes(output.reshape(batch, heads, time, width), 1, 2)
     if query_seq_lengths is not None:
-        is_query = jnp.arange(time) < query_seq_lengths[:, None]
+        is_query = jnp.arange(time)[None] < query_seq_lengths[:, None]
         output = output * is_query[:, :, None, None].astype(output.dtype)
     return output if is_batched else output[0]
 

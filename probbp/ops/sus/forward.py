@@ -140,15 +140,16 @@ def _attend(options, seen, key_coins, rows, key, value):
 
 def _is_seen(options, seen, rows, num_keys):
     """Return which keys the queries see, broadcastable to the logits, or None for all."""
-    columns = jnp.arange(num_keys)
+    # As many axes as the logits have: `jax.numpy_rank_promotion("raise")` refuses fewer.
+    columns, index = jnp.arange(num_keys)[None, None, None, None], rows.index[None, None, None]
     parts = [rows.mask]
     if options.is_causal:
-        parts.append(columns <= rows.index)
+        parts.append(columns <= index)
     if options.window is not None:
         before, after = options.window
-        parts.append((rows.index <= columns + before) & (rows.index >= columns - after))
+        parts.append((index <= columns + before) & (index >= columns - after))
     if seen.query_lengths is not None:
-        parts.append(rows.index < seen.query_lengths[:, None, None, None, None])
+        parts.append(index < seen.query_lengths[:, None, None, None, None])
     if seen.key_lengths is not None:
         parts.append(columns < seen.key_lengths[:, None, None, None, None])
     parts = [part for part in parts if part is not None]

@@ -48,7 +48,8 @@ def systematic(
         levels.append(jnp.dot(_families(levels[-1]), ones, precision="highest"))
     total = jnp.sum(levels[-1], axis=-1)
     spacing = jnp.maximum(spacing, total / num_slots)
-    points = (uniform[..., None] + jnp.arange(num_slots)) * spacing[..., None]
+    slots = jnp.arange(num_slots, dtype=uniform.dtype)
+    points = (uniform[..., None] + jnp.expand_dims(slots, range(uniform.ndim))) * spacing[..., None]
     # `rest` is how far behind the start of the current node a point lies.
     indices, rest = jnp.zeros(points.shape, jnp.int32), points
     for level in reversed(levels):
@@ -82,6 +83,6 @@ def _find(lengths, rest):
     for i in range(_FAN_OUT - 1):  # a point that rounding leaves behind the last belongs to it
         end = end + lengths[..., i]
         is_behind = end <= rest
-        index = index + is_behind
+        index = index + is_behind.astype(index.dtype)
         start = jnp.where(is_behind, end, start)
     return index, rest - start
