@@ -60,7 +60,19 @@ WAYS_OUT = {
 
 @contextmanager
 def ways_out() -> Iterator[None]:
-    """Add to JAX's refusals to differentiate a note with what can be done instead."""
+    """Add to JAX's refusals to differentiate a note with what can be done instead.
+
+    Example:
+        >>> import jax
+        >>> from probbp.types import ways_out
+        >>> loop = lambda x: jax.lax.while_loop(lambda c: c < 3, lambda c: 2 * c, x)
+        >>> try:
+        ...     with ways_out():
+        ...         jax.grad(loop)(1.0)
+        ... except ValueError as error:
+        ...     print("forward" in error.__notes__[-1])
+        True
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
