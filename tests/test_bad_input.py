@@ -168,7 +168,7 @@ def grown(**options):
 
 
 def host():
-    return growth.machine.Host(*[None] * 7, max_sets=3)
+    return growth.machine.Host(*[None] * 7, max_sets=3, programs=None)
 
 
 def series(model, **options):

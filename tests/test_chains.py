@@ -238,8 +238,8 @@ def test_warmup_returns_what_the_algorithm_takes():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"metric": "fisher"}, ValueError, "diag, dense, low_rank"),
-        ({"target_acceptance_rate": 1.5}, ValueError, "between 0 and 1"),
+        ({"metric": "fisher"}, ValueError, "'diag', 'dense' or 'low_rank'"),
+        ({"target_acceptance_rate": 1.5}, ValueError, r"in \(0, 1\)"),
         ({"initial_step_size": 0.0}, ValueError, "step_size must be positive"),
         ({"num_chains": 0}, ValueError, "num_chains must be a positive integer"),
         ({"num_samples": 0}, ValueError, "num_samples must be a positive integer"),

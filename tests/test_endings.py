@@ -1,7 +1,6 @@
 """Runs that end badly: interrupted, on a full disk, under what is no density."""
 
 import errno
-import signal
 import warnings
 from functools import partial
 
@@ -40,7 +39,7 @@ def at_call(monkeypatch, module, name, times, act):
 
 
 def interrupt():
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def raising(error):

@@ -27,7 +27,7 @@ from probbp.samplers.surrogate.inner import (
     surrogate_logdensity,
 )
 from probbp.samplers.surrogate.transport import forward, inverse
-from probbp.types import Estimator, LogDensity, Tree
+from probbp.types import Estimator, LogDensity, Tree, keyed
 
 SCALES = (1.0, 0.4, 0.15)
 """Factors of the inner step size; the first kind of move is global, the others are local."""
@@ -103,7 +103,7 @@ def init(
     """
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
-    logdensity = checks.scalar(logdensity_fn)(position)
+    logdensity = keyed(checks.scalar(logdensity_fn), jax.random.key(0))(position)
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
     return whiten(transport, position, logdensity)
