@@ -10,6 +10,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import blackjax
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,7 +64,8 @@ def weights_of(log_weight: Any) -> Weights:
     return Weights(k, float(1 / weight.mean()), ess, log_weight.size)
 
 
-def effective_size(values: Any) -> Any:
+@jax.jit
+def effective_size(values: jax.Array) -> jax.Array:
     """Return how many independent draws have the same error, by halves of the chains.
 
     Args:
