@@ -41,7 +41,7 @@ class Host(NamedTuple):
         params: `fit -> parameters`, without the dendrites.
         layer: `dendrites -> layer`, as the network was trained with it.
         max_sets: how many sets there is room for, or `None`.
-        programs: `fit -> ` names to functions and their arguments: what a checkpoint belongs to.
+        programs: `fit -> dict`, names to functions and their arguments: what a checkpoint belongs to.
     """
 
     init: Callable[[], Fit]
