@@ -41,7 +41,7 @@ class Host(NamedTuple):
         params: `fit -> parameters`, without the dendrites.
         layer: `dendrites -> layer`, as the network was trained with it.
         max_sets: how many sets there is room for, or `None`.
-        programs: `fit -> dict`, names to functions and their arguments: what a checkpoint belongs to.
+        programs: `fit -> dict`, functions and their arguments by name: what a checkpoint is of.
     """
 
     init: Callable[[], Fit]
