@@ -52,7 +52,8 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
         raise ValueError("surrogate_report reads a run of Kernel(model, probbp.surrogate).")
     rest = jax.device_get(rest)
     pooled.check(rest)
-    return pooled.report(rest, mcmc.get_extra_fields(group_by_chain=True)["log_weight"])
+    log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
+    return pooled.report(rest, jax.device_get(log_weight))
 
 
 def init_chains(warmup: Warmup, rng_keys: jax.Array, starts: Tree) -> KernelState:

@@ -134,7 +134,7 @@ def held_out_std_of(rest: Rest) -> float:
     return float(np.max(rest.learned.report.held_out_std))
 
 
-def report(rest: Rest, log_weight: Any) -> dict[str, float]:
+def report(rest: Rest, log_weight: np.ndarray) -> dict[str, float]:
     """Return what was learned, at what cost, and whether the draws may be trusted.
 
     Args:
@@ -142,6 +142,8 @@ def report(rest: Rest, log_weight: Any) -> dict[str, float]:
         log_weight: log of target over surrogate at the draws, (chain, draw).
     """
     found = rest.learned.report
+    if np.ndim(found.held_out_std):  # surrogates of their own, each known up to a constant
+        log_weight = log_weight - np.median(log_weight, axis=1, keepdims=True)
     weights = weights_of(log_weight)
     warn_of_distrust(distrust_of_draws(weights))
     return {
