@@ -37,7 +37,12 @@ def scalar(logdensity_fn: LogDensity) -> Callable[..., jax.Array]:
     """
     if keyed(logdensity_fn, jax.random.key(0)) is logdensity_fn:
         return lambda position: _required_scalar(logdensity_fn(position))
-    return lambda position, rng_key: _required_scalar(keyed(logdensity_fn, rng_key)(position))
+
+    def with_key(position: Tree, rng_key: jax.Array | None = None) -> jax.Array:
+        fun = logdensity_fn if rng_key is None else keyed(logdensity_fn, rng_key)
+        return _required_scalar(fun(position))
+
+    return with_key
 
 
 def _required_scalar(out: Any) -> Any:
