@@ -139,6 +139,7 @@ def test_trust_is_silent():
     assert not distrust_of_fit(0.2)
     assert not distrust_of_draws(Weights(0.5, 20.0, 301.0, 6000))
     assert not distrust_of_draws(Weights(1.5, 20.0, 26.0, 500))
+    assert not distrust_of_draws(Weights(0.1, 1.01, 8.0, 6000))  # rounding
     assert not distrust_of_weights(Weights(0.9, 20.0, 11.0, 500))
     assert not distrust_of_weights(Weights(1.5, 2.0, 11.0, 500))  # they are all alike
     assert distrust_of_weights(Weights(1.5, 20.0, 11.0, 500))

@@ -24,7 +24,7 @@ LARGEST_K = 1.0
 """Of target over surrogate: above it not even their mean is finite."""
 
 SMALL_WEIGHT = 3.0
-"""Times the mean: where no weight is larger, the shape of their tail does not matter."""
+"""Times the mean: where no weight is larger no chain is held, and their spread may be rounding."""
 
 
 class Weights(NamedTuple):
@@ -91,7 +91,7 @@ def distrust_of_fit(held_out_std: float) -> list[str]:
 def distrust_of_draws(weights: Weights) -> list[str]:
     """Say why draws may be wrong although the chains agree; nothing where they can be trusted."""
     enough = min(SMALLEST_ESS, SMALLEST_SHARE * weights.num_draws)
-    if weights.ess >= enough:
+    if weights.largest <= SMALL_WEIGHT or weights.ess >= enough:
         return []
     return [
         f"the log of target over surrogate has an effective sample size of {weights.ess:.0f} (from "
