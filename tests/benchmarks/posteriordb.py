@@ -13,6 +13,9 @@ DIR holds the reference moments (see `posteriors.py`). One row per posterior and
   (random numbers, the factor of the metric) is left out; it weighs on toys alone. NUTS pays for its
   leapfrog steps, each a value with its gradient. Operations are no seconds.
 - `ESS/keval`: effective draws for a thousand evaluations; warm-up is not counted.
+- `warm-up`: evaluations of all chains before the first draw, in thousands.
+- `to 400`, `to 4000`: evaluations until the ESS is so large, warm-up included, in thousands. From
+  warm starts they leave out what NUTS spent on finding these.
 - `seconds`: wall time, compilation and warm-up included.
 
 Samplers with one proposal a draw share `probbp.sample` and its warm-up with a dense metric; NUTS is
@@ -109,12 +112,14 @@ class Run(NamedTuple):
         acceptance: mean acceptance rate.
         evals: log densities a draw.
         seconds: wall time.
+        warm_up: log densities of all chains before the first draw.
     """
 
     draws: dict
     acceptance: float
     evals: float
     seconds: float
+    warm_up: float = 0.0
 
 
 class Row(NamedTuple):
@@ -130,6 +135,11 @@ class Row(NamedTuple):
     num_draws: int
     evals: float
     seconds: float
+    warm_up: float
+
+    def evals_to(self, ess: float) -> float:
+        """Say how many evaluations an effective sample size takes, warm-up included."""
+        return self.warm_up + self.evals * self.num_draws * ess / self.ess
 
     @property
     def converged(self):
@@ -218,7 +228,7 @@ def nuts(rng_key, posterior, counted, args, forward_from=None):
     """Run NumPyro's NUTS, in forward mode (and half as long) if given `rng_key -> start`."""
     start = time.perf_counter()
     forward = forward_from is not None
-    key_starts, key_run = jax.random.split(rng_key)
+    key_starts, key_warmup, key_run = jax.random.split(rng_key, 3)
     starts = forward and jax.vmap(forward_from)(jax.random.split(key_starts, args.chains))
     kernel = NUTS(
         posterior.model,
@@ -235,17 +245,22 @@ def nuts(rng_key, posterior, counted, args, forward_from=None):
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.run(
-        key_run,
+    fields = ("accept_prob", "num_steps")
+    mcmc.warmup(
+        key_warmup,
         init_params=starts or None,
-        extra_fields=("accept_prob", "num_steps"),
+        extra_fields=fields,
+        collect_warmup=True,
         **posterior.model_kwargs,
     )
+    warm_up = float(mcmc.get_extra_fields()["num_steps"].sum())
+    mcmc.run(key_run, extra_fields=fields, **posterior.model_kwargs)
     draws = jax.device_get(mcmc.get_samples(group_by_chain=True))
     extra = jax.device_get(mcmc.get_extra_fields(group_by_chain=True))
     seconds = time.perf_counter() - start
-    evals = leapfrog_cost(counted, forward) * extra["num_steps"].mean()
-    return Run(draws, extra["accept_prob"].mean(), evals, seconds)
+    each = leapfrog_cost(counted, forward)
+    evals = each * extra["num_steps"].mean()
+    return Run(draws, extra["accept_prob"].mean(), evals, seconds, each * warm_up)
 
 
 def metropolis(rng_key, algorithm, target, info, counted, starts, args):
@@ -267,7 +282,8 @@ def metropolis(rng_key, algorithm, target, info, counted, starts, args):
     seconds = time.perf_counter() - start
     draws = {name: values.values for name, values in data.posterior.items()}
     acceptance = data.sample_stats["acceptance_rate"].values.mean()
-    return Run(draws, acceptance, step_cost(algorithm, counted), seconds)
+    evals = step_cost(algorithm, counted)
+    return Run(draws, acceptance, evals, seconds, evals * args.warmup * args.chains)
 
 
 def surrogate(rng_key, info, starts, args):
@@ -286,7 +302,9 @@ def surrogate(rng_key, info, starts, args):
     )
     seconds = time.perf_counter() - start
     draws = {name: values.values for name, values in data.posterior.items()}
-    return Run(draws, data.sample_stats["acceptance_rate"].values.mean(), 1.0, seconds)
+    stats = data.sample_stats
+    warm_up = float(stats.attrs["num_warmup_evaluations"])
+    return Run(draws, stats["acceptance_rate"].values.mean(), 1.0, seconds, warm_up)
 
 
 def draw_from(posterior, draws, rng_key):
@@ -366,6 +384,7 @@ def judged(posterior, sampler, run) -> Row:
         x.size,
         run.evals,
         run.seconds,
+        run.warm_up,
     )
 
 
@@ -383,6 +402,9 @@ COLUMNS = {
     "draws": lambda r: f"{r.num_draws}",
     "evals": lambda r: f"{r.evals:.1f}",
     "ESS/keval": lambda r: f"{1000 * r.ess / (r.evals * r.num_draws):.2f}",
+    "warm-up": lambda r: f"{r.warm_up / 1000:.0f}",
+    "to 400": lambda r: f"{r.evals_to(400) / 1000:.0f}",
+    "to 4000": lambda r: f"{r.evals_to(4000) / 1000:.0f}",
     "seconds": lambda r: f"{r.seconds:.0f}",
     "verdict": lambda r: f"{r.verdict:13}",
 }
