@@ -400,8 +400,8 @@ def saver_that(monkeypatch, then):
     def noting(*args):
         with saver(*args) as save:
 
-            def save_and_note(done, state):
-                save(done, state)
+            def save_and_note(done, state, note):
+                save(done, state, note)
                 then(done)
 
             yield save_and_note

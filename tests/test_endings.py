@@ -113,7 +113,7 @@ def loop(**options):
 
 def test_a_loop_says_it_too(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, scan, "_show", 2, interrupt)
+        at_call(patch, scan, "_words", 2, interrupt)
         with pytest.raises(KeyboardInterrupt, match="Interrupted: the same call goes on"):
             loop(checkpoint=tmp_path / "run")
     assert (tmp_path / "run" / "states" / "2").is_dir()

@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
 
 from probbp.checks import check_count
-from probbp.runs import checkpoints
-from probbp.runs.devices import devices
+from probbp.runs.devices import put
 from probbp.runs.fingerprints import fingerprint
+from probbp.runs.loop import opened
 
 
 class Descent(NamedTuple):
@@ -77,34 +75,27 @@ def descend(
     data = jax.tree.map(jnp.asarray, data)
     steps = _steps(loss_fn, optimiser, decay)
     advance = jax.jit(steps, static_argnums=4, donate_argnums=1)
-    on = devices(None, 1)
     # Copies, because the compiled loop writes over its argument.
     params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
     state = Descent(params, average, optimiser.init(params), jnp.full(num_steps, jnp.nan))
-    done = 0
-    with ExitStack() as stack:
-        save = None
-        if checkpoint is not None:
-            like = jax.eval_shape(lambda: state)
-            one_step = lambda key, state, begin: steps(key, state, begin, data, 1)
-            described = {"the training step or its data": (one_step, (rng_key, like, 0))}
-            prints = fingerprint(described, (rng_key, params), {"num_steps": num_steps})
-            found = checkpoints.newest(checkpoint, prints, lambda done, note: like)
-            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-            if found is not None:
-                done, state = found.done, on.put(found.state)
-        bar = tqdm(total=num_steps, initial=done, desc=title, disable=not progress_bar)
-        stack.enter_context(bar)
-        while done < num_steps:
-            length = min(every, num_steps - done)
-            state = advance(rng_key, state, done, data, length)
-            losses = np.asarray(state.losses[done : done + length])
-            _check_finite(losses, done)
-            done += length
-            bar.update(length)
-            bar.set_postfix_str(f"loss {losses.mean():.4g}", False)
-            if save is not None:
-                save(done, state)
+    like = jax.eval_shape(lambda: state)
+    one_step = lambda key, state, begin: steps(key, state, begin, data, 1)
+    described = {"the training step or its data": (one_step, (rng_key, like, 0))}
+    with opened(
+        num_steps,
+        checkpoint=checkpoint,
+        prints=lambda: fingerprint(described, (rng_key, params), {"num_steps": num_steps}),
+        like=lambda done, note: like,
+        title=title,
+        progress_bar=progress_bar,
+    ) as loop:
+        state = state if loop.state is None else put(loop.state)
+        for start, length in loop.stretches(every, num_steps):
+            state = advance(rng_key, state, start, data, length)
+            losses = np.asarray(state.losses[start : start + length])
+            _check_finite(losses, start)
+            loop.show(length, f"loss {losses.mean():.4g}")
+            loop.keep(start + length, lambda state=state: state)
     return state
 
 

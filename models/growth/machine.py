@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from probbp.checks import check_count, check_number
 from probbp.models.growth.acceptance import Proposal
 from probbp.ops.dendrites import Dendrites, num_params
-from probbp.runs import checkpoints
-from probbp.runs.devices import devices
+from probbp.runs.devices import put
 from probbp.runs.fingerprints import fingerprint
+from probbp.runs.loop import opened
 
 
 class Fit(NamedTuple):
@@ -193,28 +191,25 @@ def grow(
     steps = {"neurons": _train, "dendrites": _sprout}
     first = host.init()
     state = State(first, first, first)
-    with ExitStack() as stack:
-        save = None
-        if checkpoint is not None:
-            on = devices(None, 1)
-            prints = fingerprint(host.programs(first), (rng_key, first), rules._asdict())
-            like = lambda done, note: files.like(host, note)
-            found = checkpoints.newest(checkpoint, prints, like)
-            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-            if found is not None:
-                state = files.joined(on.put(found.state), found.note)
-        bar = tqdm(total=None, initial=state.epoch, unit=" epochs", disable=not progress_bar)
-        stack.enter_context(bar)
+    with opened(
+        None,
+        checkpoint=checkpoint,
+        prints=lambda: fingerprint(host.programs(first), (rng_key, first), rules._asdict()),
+        like=lambda done, note: files.like(host, note),
+        unit=" epochs",
+        progress_bar=progress_bar,
+    ) as loop:
+        if loop.state is not None:
+            state = files.joined(put(loop.state), loop.note)
         while state.phase != "done":
             phase, key = state.phase, jax.random.fold_in(rng_key, state.step)
             state = steps[phase](key, state, host, rules)._replace(step=state.step + 1)
-            bar.update(state.epoch - bar.n)
-            last = state.history[-1]
-            bar.set_postfix_str(
-                f"score {state.best_score:.4g}, dendrites {last.num_dendrites}", False
-            )
-            if save is not None and state.phase != phase:
-                save(state.step, *files.parts(state))
+            num_dendrites = state.history[-1].num_dendrites
+            words = f"score {state.best_score:.4g}, dendrites {num_dendrites}"
+            loop.show(state.epoch - loop.bar.n, words)
+            if state.phase != phase:
+                fits, told = files.parts(state)
+                loop.keep(state.step, lambda fits=fits: fits, told)
     return Grown(
         host.params(state.best), state.best.dendrites, float(state.best_score), state.history
     )

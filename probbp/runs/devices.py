@@ -53,7 +53,7 @@ def devices(mesh: Mesh | None, num_chains: int) -> Devices:
                 f"There are {jax.process_count()} processes, and no mesh that says who runs which "
                 'chain. Give one: mesh=jax.make_mesh((jax.device_count(),), ("chains",)).'
             )
-        return Devices(jax.jit, _put, jax.device_get, True, _no_wait)
+        return Devices(jax.jit, put, jax.device_get, True, _no_wait)
     axis, size = mesh.axis_names[0], mesh.devices.shape[0]
     if num_chains % size:
         raise ValueError(
@@ -66,21 +66,21 @@ def devices(mesh: Mesh | None, num_chains: int) -> Devices:
     def jit(fun, donate_argnums=()):
         return _jit(fun, sharding, donate_argnums)
 
-    def put(tree):
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), _put(tree))
+    def spread(tree):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), put(tree))
 
     if jax.process_count() == 1:
-        return Devices(jit, put, jax.device_get, True, _no_wait)
+        return Devices(jit, spread, jax.device_get, True, _no_wait)
     from jax.experimental import multihost_utils
 
     def get(tree):
         return multihost_utils.process_allgather(tree, tiled=True)
 
-    return Devices(jit, put, get, jax.process_index() == 0, multihost_utils.sync_global_devices)
+    return Devices(jit, spread, get, jax.process_index() == 0, multihost_utils.sync_global_devices)
 
 
-def _put(tree):
-    # Copies: what a program is donated must not be memory of NumPy's.
+def put(tree: Tree) -> Tree:
+    """Copy host arrays to JAX's default device: what a program is donated must not be NumPy's."""
     return jax.tree.map(partial(jnp.array, copy=True), tree)
 
 

@@ -1,38 +1,25 @@
 """Many chains in one call: dispersed starts, warm-up, sampling, and the result for ArviZ."""
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
-from probbp.checks import check_count, check_number
-from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
-from probbp.samplers import checks, progress, sinks, streams
-from probbp.samplers.adaptation import Metric, adaptation
-from probbp.samplers.algorithm import check_algorithm, own_warmup
-from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
-from probbp.samplers.endings import advice_on_memory, distance, resumable, warn_of_a_run
-from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
+from probbp.runs.loop import opened
+from probbp.samplers import checks
+from probbp.samplers.adaptation import Metric
+from probbp.samplers.algorithm import check_algorithm
+from probbp.samplers.endings import advice_on_memory, warn_of_a_run
+from probbp.samplers.phases import DRAWS, Phases, shapes_of_a_state, sink_of
+from probbp.samplers.plan import plan, start_of
+from probbp.samplers.results import result
+from probbp.samplers.tuning import tuning
 from probbp.types import Tree, ways_out
-
-NUM_UPDATES = 40
-"""How often a phase comes back to the host: for the progress bar, and to free the device."""
-
-DRAWS = "draws.zarr"
-"""Where a checkpoint's folder has the draws."""
 
 
 @ways_out()
@@ -145,221 +132,60 @@ def sample(
         >>> data.posterior["a"].shape
         (4, 50, 2)
     """
-    # ArviZ is slow to import; a script that only takes kernels is spared it.
-    from probbp.diagnostics.arviz import from_blackjax
-
-    num_samples = check_count("num_samples", num_samples)
-    num_chains = check_count("num_chains", num_chains)
-    thinning = check_count("thinning", thinning)
-    if num_warmup is not None:
-        num_warmup = check_count("num_warmup", num_warmup, 0)
-    every = None if every is None else check_count("every", every)
-    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
-    counts = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
-    check_number("dispersion", dispersion, "[0, inf)")
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)
-    if isinstance(coords, Mapping) and "draw" in coords:
-        raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
-    if mesh is not None and batch_size is not None:
-        raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
-    own_steps = 2900 if num_warmup is None else num_warmup
-    own = own_warmup(algorithm, own_steps, batch_size=batch_size)
-    if own is None:
-        num_warmup = 1000 if num_warmup is None else num_warmup
-        warmup_chunk = -(-num_warmup // NUM_UPDATES)
-        num_warmup = warmup_chunk * (-(-num_warmup // warmup_chunk)) if num_warmup else 0
-    else:
-        _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size, mesh)
-        warmup_chunk, num_warmup = own.chunk, len(own.schedule)
-    chunk = -(-num_samples // NUM_UPDATES)
-    # The keys hang on this number, and so not on `every`.
-    num_keys = chunk * (-(-num_samples // chunk))
-    chunk = min(every or chunk, num_samples)
-    checks.check_num_keys(num_chains, max(num_warmup, num_keys))
-    if not callable(position):
-        position = jax.tree.map(jnp.asarray, position)
-        checks.check_position(position)
-    start_fn = position if callable(position) else None
-    if start_fn is not None:
-        position = start_fn(rng_key)
-    if own is None:
-        adapt = adaptation(
-            optax.tree.size(position),
-            num_warmup,
-            best_acceptance_rate(algorithm)
-            if target_acceptance_rate is None
-            else target_acceptance_rate,
-            metric=metric,
-            initial_step_size=initial_step_size,
-        )
-        program = programs(algorithm, adapt, start_fn, dispersion, thinning, batch_size)
-    else:
-        adapt = own
-        program = pooled_programs(algorithm, own, start_fn, dispersion, thinning, batch_size)
-    keys_of = partial(partial, step_keys, num_chains=num_chains)
-    init_keys = partial(jax.random.split, num=num_chains)
-    warmup_keys = keys_of(num_steps=num_warmup, num=warmup_chunk)
-    sample_keys = keys_of(num_steps=num_keys, num=chunk)
-    key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
-    on = devices(mesh, num_chains)
-
-    postprocess = lambda positions: positions
-    if postprocess_fn is not None:
-        # One draw after the other, as in `from_blackjax`, but compiled once.
-        postprocess = jax.jit(jax.vmap(partial(jax.lax.map, postprocess_fn)))
-
-    def as_arviz(draws, step_size):
-        return labeled(draws._replace(position=postprocess(draws.position)), step_size)
-
-    def labeled(draws, step_size):
-        num_draws = len(draws.logdensity[0])
-        stats = {
-            "lp": draws.logdensity,
-            "step_size": np.broadcast_to(step_size[:, None], (num_chains, num_draws)),
-        }
-        infos = SimpleNamespace(**draws.infos)
-        return from_blackjax(draws.position, infos, sample_stats=stats, coords=coords, dims=dims)
-
-    def keys_like(keys_fn):
-        return jax.eval_shape(keys_fn, rng_key, np.uint32(0))
-
-    # The shapes of all that follows: what a checkpoint and a store must hold.
-    starts = jax.eval_shape(init_keys, key_init)
-    carry = jax.eval_shape(program.init, starts, position)
-    learnt = jax.eval_shape(program.learn, carry[1])
-    draw_args = (carry[0], learnt, keys_like(sample_keys))
-    one_draw = partial(
-        jax.tree.map, lambda leaf: np.zeros((num_chains, 1, *leaf.shape[2:]), leaf.dtype)
+    start = start_of(rng_key, position, dispersion)
+    tuned = tuning(
+        algorithm,
+        start.position,
+        num_warmup,
+        metric=metric,
+        target_acceptance_rate=target_acceptance_rate,
+        initial_step_size=initial_step_size,
+        batch_size=batch_size,
+        mesh=mesh,
     )
-    blank = one_draw(jax.eval_shape(program.draw, *draw_args)[1])
-    # The very object that is returned, of one draw: what ArviZ would refuse is refused here.
-    named = blank._replace(position=one_draw(jax.eval_shape(postprocess, blank.position)))
-    blank_step = np.zeros(num_chains, learnt["step_size"].dtype)
-    template = sinks.of_few_draws(labeled, named, blank_step)
-    described = {
-        "the program of the start": (program.init, (starts, position)),
-        "the program of the draws": (program.draw, draw_args),
-        "postprocess_fn": (postprocess, (blank.position,)),
-    }
-    if num_warmup:
-        warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
-        described["the program of the warm-up"] = (program.warm_up, warmup_args)
-    if mesh is None:
-        program, init_keys, warmup_keys, sample_keys, postprocess = latest(
-            (num_chains, num_warmup, warmup_chunk, num_keys, chunk),
-            described,
-            (program, init_keys, warmup_keys, sample_keys, postprocess),
-        )
-
-    with ExitStack() as stack:
-        stack.enter_context(resumable(checkpoint, stream))
-        stack.enter_context(advice_on_memory())
-        found = save = None
-        folder = checkpoint if stream is None else stream
-        if folder is None:
-            sink = sinks.in_memory(as_arviz, carry[0].position)
-        else:
-            prints = fingerprint(
-                described,
-                (rng_key, adapt.schedule, position),
-                counts | {"num_warmup": num_warmup, "every": chunk, "coords": coords, "dims": dims},
-            )
-            if checkpoint is not None:
-                moments = progress.no_draws(streams.moments_like(template))
-                like = (carry, moments, np.zeros((), int))
-                found = checkpoints.newest(checkpoint, prints, lambda done, note: like, (DRAWS,))
-                save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-            num_written = 0 if found is None else max(0, found.done - num_warmup)
-            path = Path(folder, DRAWS) if stream is None else Path(folder)
-            store = streams.stream(path, template, num_samples, chunk, prints, num_written, on)
-            sink = sinks.on_disk(as_arviz, store, template, is_lazy=stream is not None)
-
-        done, moments, divergent = 0, progress.no_draws(sink.like), np.zeros((), int)
-        if found is None:
-            carry = on.jit(program.init)(on.jit(init_keys)(key_init), position)
-            checks.check_start(on.get(carry[0].logdensity))
-        else:
-            done, (carry, moments, divergent) = found.done, found.state
-            carry = on.put(carry)
-            if moments.count:
-                sink.note(moments)
-
-        total = num_warmup + num_samples
-        disable = not (progress_bar and on.writes)
-        bar = stack.enter_context(tqdm(total=total, initial=done, disable=disable, desc="warm-up"))
-        keys_fn = on.jit(warmup_keys)
-        run = on.jit(program.warm_up, donate_argnums=0)
-        for i in range(done, num_warmup, warmup_chunk or 1):
-            schedule = adapt.schedule[i : i + warmup_chunk]
-            carry, acceptance = run(carry, keys_fn(key_warmup, np.uint32(i)), schedule)
-            if progress_bar:
-                shown = acceptance, carry[1].step_size, getattr(carry[1], "held_out_std", np.nan)
-                acceptance, step_size, held_out_std = on.get(shown)
-                progress.show(bar, warmup_chunk, acceptance, step_size, held_out_std=held_out_std)
-            if save is not None:
-                save(i + warmup_chunk, (on.get(carry), moments, divergent))
-
-        bar.set_description("sampling")
-        states, adapted = carry
-        if own is not None:
-            own.check(on.get(adapted))
-        learnt = on.jit(program.learn)(adapted)
-        step_size = on.get(learnt["step_size"])
-        keys_fn = on.jit(sample_keys)
-        run = on.jit(program.draw, donate_argnums=0)
-        reach = 0.0
-        try:
-            for i in range(max(0, done - num_warmup), num_samples, chunk):
-                states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
-                num = min(chunk, num_samples - i)
-                draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
-                shown = sink.add(i, draws, step_size)
-                if progress_bar or folder is not None:
-                    moments = progress.add(moments, shown)
-                    divergent = divergent + np.sum(draws.infos.get("is_divergent", 0))
-                    sink.note(moments)
-                if progress_bar:
-                    progress.show(
-                        bar,
-                        num,
-                        draws.infos["acceptance_rate"],
-                        step_size,
-                        rhat=progress.worst_rhat(moments),
-                        divergent=divergent,
-                    )
-                if save is not None:
-                    save(num_warmup + i + num, (on.get((states, adapted)), moments, divergent))
-        except KeyboardInterrupt:
-            if not sink.count():
-                raise
-            warnings.warn(
-                f"Interrupted after {sink.count()} of {num_samples} draws of each chain: these are "
-                "returned.",
-                stacklevel=2,
-            )
-        else:
-            reach = distance(on.get(states.position), position, dispersion)
+    settled = plan(
+        rng_key,
+        tuned,
+        start,
+        result(postprocess_fn, coords, dims),
+        num_samples=num_samples,
+        num_chains=num_chains,
+        thinning=thinning,
+        every=every,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+    settings = settled.settings | {"coords": coords, "dims": dims}
+    values = rng_key, settled.schedule, start.position
+    prints = cache(lambda: fingerprint(settled.described, values, settings))
+    on = devices(mesh, num_chains)
+    with (
+        advice_on_memory(),
+        opened(
+            settled.num_warmup + num_samples,
+            checkpoint=checkpoint,
+            prints=prints,
+            like=lambda done, note: shapes_of_a_state(settled),
+            stream=stream,
+            others=(DRAWS,),
+            on=on,
+            title="warm-up",
+            progress_bar=progress_bar,
+        ) as loop,
+    ):
+        sink = sink_of(settled, loop, prints, checkpoint, stream, on)
+        phases = Phases(settled, loop, sink, on, progress_bar)
+        key_init, key_warmup, key_sample = jax.random.split(rng_key, 3)
+        carry = phases.warm_up(key_warmup, phases.begin(key_init))
+        if tuned.own is not None:
+            tuned.own.check(on.get(carry[1]))
+        step_size, reach = phases.draw(key_sample, carry)
     data = sink.read(step_size)
-    if own is not None:
-        stats = data["sample_stats"]
-        stats.attrs.update(own.report(on.get(adapted), stats["log_weight"].values))
-    warn_of_a_run(data["sample_stats"], step_size / initial_step_size, reach)
+    stats = data["sample_stats"]
+    if tuned.own is not None:
+        stats.attrs.update(tuned.own.report(on.get(carry[1]), stats["log_weight"].values))
+    warn_of_a_run(stats, step_size / initial_step_size, reach)
     return data
-
-
-def _refuse_beside_own_warmup(metric, target_acceptance_rate, initial_step_size, mesh):
-    """Raise for what does not concern an algorithm that brings its own warm-up."""
-    given = {
-        "metric": not (isinstance(metric, str) and metric == "diag"),
-        "target_acceptance_rate": target_acceptance_rate is not None,
-        "initial_step_size": initial_step_size != 1.0,
-        "mesh": mesh is not None,
-    }
-    names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise ValueError(
-            f"This algorithm learns from all chains by a warm-up of its own: leave out "
-            f"{', '.join(names)}."
-        )

@@ -1,7 +1,5 @@
-"""What a run says at a bad end: interrupted, out of memory or disk, or under no proper density."""
+"""What a run says at a bad end: out of memory, or under no proper density."""
 
-import errno
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,37 +18,6 @@ So is a step size that grew or shrank by its square, as that is the square of a 
 
 FEW_DRAWS = 10
 """Of fewer draws that all diverged nothing is said."""
-
-
-@contextmanager
-def resumable(
-    checkpoint: str | os.PathLike[str] | None, stream: str | os.PathLike[str] | None = None
-) -> Iterator[None]:
-    """Tell an interrupt, and a disk that is full, in one sentence that says how to go on.
-
-    Args:
-        checkpoint: the folder of the run's state, if any.
-        stream: the folder of the draws alone, if any.
-
-    Raises:
-        KeyboardInterrupt: for an interrupt, where there is a folder.
-        OSError: where the disk is full.
-    """
-    folder = stream if checkpoint is None else checkpoint
-    again = f"the same call goes on from the last state that was saved in {checkpoint}."
-    if checkpoint is None:
-        again = f"the same call starts {stream} from scratch; with checkpoint= it would go on."
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder is None:
-            raise
-        raise KeyboardInterrupt(f"Interrupted: {again}") from None
-    except Exception as error:
-        if folder is None or not _is_full(error):
-            raise
-        words = f"No space is left on the device of {folder}: make room, and {again}"
-        raise OSError(errno.ENOSPC, words) from None
 
 
 @contextmanager
@@ -107,10 +74,3 @@ def distance(position: Tree, start: Tree, dispersion: float) -> float:
 
     scale = max(largest(start), float(dispersion))
     return largest(position) / scale if scale > 0 else 0.0
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether the operating system, or a storage library in its own words, says so."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    words = tuple(os.strerror(code) for code in codes)
-    return getattr(error, "errno", None) in codes or any(word in str(error) for word in words)

@@ -2,26 +2,19 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from tqdm.auto import tqdm
 
 from probbp.checks import check_count
-from probbp.runs import checkpoints
-from probbp.runs.devices import devices
+from probbp.runs.devices import put
 from probbp.runs.fingerprints import fingerprint
+from probbp.runs.loop import NUM_UPDATES, opened
 from probbp.samplers import checks
-from probbp.samplers.endings import resumable
 from probbp.samplers.programs import latest
 from probbp.types import Tree
-
-NUM_UPDATES = 40
-"""How often the loop comes back to the host, by default."""
 
 
 def checkpointed_scan(
@@ -86,7 +79,6 @@ def checkpointed_scan(
     every = check_count("every", every)
     checks.check_folder("checkpoint", checkpoint)
     _refuse_tracers(init)
-    on = devices(None, 1)
     # Once through `f`, so that Python's numbers among the carry have types.
     init = jax.tree.map(jnp.asarray, init)
 
@@ -102,30 +94,27 @@ def checkpointed_scan(
         ys = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((done, *leaf.shape), leaf.dtype), y)
         return jax.eval_shape(lambda: init), ys
 
-    with ExitStack() as stack:
-        stack.enter_context(resumable(checkpoint))
-        found = save = None
-        if checkpoint is not None:
-            settings = {"length": length, "every": every}
-            prints = fingerprint(described, init, settings)
-            found = checkpoints.newest(checkpoint, prints, like)
-            save = stack.enter_context(checkpoints.saver(checkpoint, prints, found, on))
-        done, (carry, ys) = (0, (init, None)) if found is None else found[:2]
-        carry = on.put(carry)
-        history = [] if found is None else [ys]
-        bar = tqdm(total=length, initial=done, disable=not progress_bar)
-        stack.enter_context(bar)
-        while done < length:
-            num = min(every, length - done)
+    settings = {"length": length, "every": every}
+    with opened(
+        length,
+        checkpoint=checkpoint,
+        prints=lambda: fingerprint(described, init, settings),
+        like=like,
+        progress_bar=progress_bar,
+    ) as loop:
+        carry, *history = (init,) if loop.state is None else loop.state
+        carry = put(carry)
+
+        def state():
+            history[:] = [_joined(history)]
+            return carry, history[0]
+
+        for start, num in loop.stretches(every, length):
             carry, ys = run(carry, num)
             _refuse_tracers(carry)
             history.append(jax.device_get(ys))
-            done += num
-            bar.update(num)
-            _show(bar, history[-1])
-            if save is not None:
-                history = [_joined(history)]
-                save(done, (carry, history[0]))
+            loop.show(num, _words(history[-1]))
+            loop.keep(start + num, state)
     return carry, _joined(history)
 
 
@@ -141,6 +130,7 @@ def _joined(history):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *history)
 
 
-def _show(bar: Any, ys: Tree) -> None:
-    if not bar.disable and len(jax.tree.leaves(ys)) == 1 and np.ndim(jax.tree.leaves(ys)[0]) == 1:
-        bar.set_postfix_str(f"{jax.tree.leaves(ys)[0][-1]:.4g}")
+def _words(ys: Tree) -> str:
+    """Return the last of the outputs, where they are scalars."""
+    leaves = jax.tree.leaves(ys)
+    return f"{leaves[0][-1]:.4g}" if len(leaves) == 1 and np.ndim(leaves[0]) == 1 else ""

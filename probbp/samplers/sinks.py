@@ -17,6 +17,7 @@ class Sink(NamedTuple):
     """What takes draws, and makes one object of ArviZ of them.
 
     Attributes:
+        is_on_disk: whether draws and moments are written.
         like: shapes (chain, ...) of what the run's moments are taken of.
         add: `(start, Draws, step sizes) -> ` the draws of which they are taken, (chain, draw, ...).
         note: `Moments -> None`, to be kept with the draws.
@@ -24,6 +25,7 @@ class Sink(NamedTuple):
         read: `step sizes -> ` the object of ArviZ.
     """
 
+    is_on_disk: bool
     like: Tree
     add: Callable[[int, Draws, np.ndarray], Tree]
     note: Callable[[Moments], None]
@@ -53,7 +55,7 @@ def in_memory(as_arviz: Callable[[Draws, np.ndarray], Any], like: Tree) -> Sink:
     def count():
         return sum(draws.logdensity.shape[1] for draws in history)
 
-    return Sink(like, add, lambda moments: None, count, read)
+    return Sink(False, like, add, lambda moments: None, count, read)
 
 
 def of_few_draws(as_arviz: Callable, draws: Draws, step_size: np.ndarray) -> Any:
@@ -86,4 +88,4 @@ def on_disk(
         # In place for ArviZ 0.23, anew for xarray's DataTree.
         return data if is_lazy else data.load() or data
 
-    return Sink(moments_like(template), add, stream.note, lambda: 0, read)
+    return Sink(True, moments_like(template), add, stream.note, lambda: 0, read)
