@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_number, check_rng_key
 from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
@@ -24,7 +24,13 @@ from probbp.samplers import checks, progress, sinks, streams
 from probbp.samplers.adaptation import Metric, adaptation
 from probbp.samplers.algorithm import check_algorithm, own_warmup
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
-from probbp.samplers.endings import advice_on_memory, distance, resumable, warn_of_a_run
+from probbp.samplers.endings import (
+    advice_on_memory,
+    distance,
+    resumable,
+    warn_of_a_run,
+    warn_of_rounding,
+)
 from probbp.samplers.programs import latest, pooled_programs, programs, step_keys
 from probbp.types import Tree, ways_out
 
@@ -133,7 +139,8 @@ def sample(
 
     Warns:
         UserWarning: where all proposals of a chain diverged, or step sizes or positions left every
-            scale, as under an improper density; and after Ctrl-C.
+            scale, as under an improper density; where the log density is so large that its dtype
+            rounds it by a half or more (4e6 in single precision); and after Ctrl-C.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -160,6 +167,7 @@ def sample(
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)
+    check_rng_key(rng_key)
     if isinstance(coords, Mapping) and "draw" in coords:
         raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
     if mesh is not None and batch_size is not None:
@@ -243,8 +251,9 @@ def sample(
         "the program of the draws": (program.draw, draw_args),
         "postprocess_fn": (postprocess, (blank.position,)),
     }
+    schedule = np.asarray(adapt.schedule)
     if num_warmup:
-        warmup_args = (carry, keys_like(warmup_keys), adapt.schedule[:warmup_chunk])
+        warmup_args = (carry, keys_like(warmup_keys), schedule[:warmup_chunk])
         described["the program of the warm-up"] = (program.warm_up, warmup_args)
     if mesh is None:
         program, init_keys, warmup_keys, sample_keys, postprocess = latest(
@@ -292,8 +301,8 @@ def sample(
         keys_fn = on.jit(warmup_keys)
         run = on.jit(program.warm_up, donate_argnums=0)
         for i in range(done, num_warmup, warmup_chunk or 1):
-            schedule = adapt.schedule[i : i + warmup_chunk]
-            carry, acceptance = run(carry, keys_fn(key_warmup, np.uint32(i)), schedule)
+            step, stages = jax.device_put((np.uint32(i), schedule[i : i + warmup_chunk]))
+            carry, acceptance = run(carry, keys_fn(key_warmup, step), stages)
             if progress_bar:
                 shown = acceptance, carry[1].step_size, getattr(carry[1], "held_out_std", np.nan)
                 acceptance, step_size, held_out_std = on.get(shown)
@@ -312,7 +321,8 @@ def sample(
         reach = 0.0
         try:
             for i in range(max(0, done - num_warmup), num_samples, chunk):
-                states, draws = run(states, learnt, keys_fn(key_sample, np.uint32(i)))
+                keys = keys_fn(key_sample, jax.device_put(np.uint32(i)))
+                states, draws = run(states, learnt, keys)
                 num = min(chunk, num_samples - i)
                 draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
                 shown = sink.add(i, draws, step_size)
@@ -346,6 +356,7 @@ def sample(
         stats = data["sample_stats"]
         stats.attrs.update(own.report(on.get(adapted), stats["log_weight"].values))
     warn_of_a_run(data["sample_stats"], step_size / initial_step_size, reach)
+    warn_of_rounding(on.get(states.logdensity))
     return data
 
 
