@@ -214,7 +214,7 @@ def test_a_proper_density_of_any_scale_is_not(scale):
 
 
 @pytest.mark.parametrize(
-    ("offset", "is_told"), [(1e6, False), (-1e8, True)], ids=["small enough", "too large"]
+    ("offset", "is_told"), [pytest.param(1e6, False, marks=pytest.mark.slow), (-1e8, True)]
 )
 def test_a_log_density_that_is_too_large_for_single_precision_is_told(offset, is_told):
     def run():

@@ -698,7 +698,8 @@ def test_memory_is_linear_in_the_number_of_parameters(name):
     assert num_params <= max(sizes) <= 4 * num_params
 
 
-@members(SAMPLERS, quick=["mala"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_run_of_5000_parameters(name):
     data = probbp.sample(
         jax.random.key(0),
@@ -723,7 +724,7 @@ def standard_normal(x):
     return -jnp.sum(x**2) / 2
 
 
-@members(ALGORITHMS, quick=[*SAMPLERS, *LEARNING])
+@members(ALGORITHMS, quick=["mala", "pc_line_fmala", *LEARNING])
 def test_a_constant_in_the_log_density_changes_no_draw(name):
     """In double precision, where 1e8 leaves eight digits behind the point."""
 

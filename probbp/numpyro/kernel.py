@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
@@ -134,7 +133,7 @@ class Kernel(MCMCKernel):
         """Return the first state: one chain's, or several chains' for several keys."""
         model_kwargs = {} if model_kwargs is None else model_kwargs
         is_single = is_prng_key(rng_key)
-        check_rng_key(rng_key[0] if np.ndim(rng_key) and not is_single else rng_key)
+        check_rng_key(rng_key[0] if getattr(rng_key, "ndim", 0) and not is_single else rng_key)
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)
