@@ -1,4 +1,4 @@
-"""What an argument must be: a count, a number in an interval, one of some names.
+"""What an argument must be: a count, a number in an interval, one of some names, a key.
 
 Python's, NumPy's and JAX's scalars are taken alike. Of a tracer, whose value is not known, only
 the kind is checked.
@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -84,6 +85,18 @@ def check_choice(name: str, value: Any, choices: Sequence[str], way_out: str = "
         *first, last = map(repr, choices)
         listed = f"{', '.join(first)} or {last}" if first else last
         raise ValueError(_sentence(f"Unknown {name}={_shown(value)}: choose {listed}", way_out))
+
+
+def check_rng_key(rng_key: Any) -> None:
+    """Require one key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
+    dtype, shape = getattr(rng_key, "dtype", None), getattr(rng_key, "shape", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if is_typed and shape:
+        raise TypeError(
+            f"rng_key must be one key, got {shape} of them. Take one, or map over them by jax.vmap."
+        )
+    if not is_typed and (dtype != np.uint32 or shape not in ((2,), (4,))):
+        raise TypeError(f"rng_key must be a key: pass jax.random.key(0), not {_shown(rng_key)}.")
 
 
 def _is_real(value: Any) -> bool:

@@ -5,6 +5,7 @@ array is not. So modules draw what they hold by NumPy, and tests take results as
 """
 
 import jax
+import jax.extend.core as jex
 import numpy as np
 
 
@@ -56,3 +57,17 @@ def fitted(svi, rng_key, num_steps, *args, **kwargs):
     """Return the parameters and the losses of `svi.run`, which may be compiled as one program."""
     params, _, losses = svi.run(rng_key, num_steps, *args, progress_bar=False, **kwargs)
     return params, losses
+
+
+def equations_of(fun, *args):
+    """Return all equations that a function is traced to, with those of loops and branches."""
+    return list(_equations(jax.make_jaxpr(fun)(*args).jaxpr))
+
+
+def _equations(jaxpr):
+    is_jaxpr = lambda value: isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from _equations(getattr(value, "jaxpr", value))

@@ -400,7 +400,7 @@ DOORS = {
         {"step_size": 0.1},
     ),
     "probbp.optim.dsbp.modified_equation.simulate": Door(
-        partial(modified_equation.simulate, None, None, 1.0),
+        lambda **o: modified_equation.simulate(key(), None, 1.0, **o),
         {"time": NOT_NEGATIVE, "num_steps": COUNT},
         {"time": 1.0, "num_steps": 2},
     ),

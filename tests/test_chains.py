@@ -8,12 +8,16 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from blackjax.base import SamplingAlgorithm
-from tables import PROGRAMS, SAMPLERS
+from numpyro.infer import MCMC
+from tables import PROGRAMS, SAMPLERS, members
 from targets import anisotropic
 
 import probbp
+from probbp.numpyro import Kernel
 from probbp.samplers.adaptation import adaptation
 
 quiet = partial(probbp.sample, progress_bar=False)
@@ -311,3 +315,36 @@ def test_every_step_of_warm_up_has_a_key_of_its_own():
     )
     # 81 steps; a variance of 500 draws has a relative error of 0.063.
     np.testing.assert_allclose(data.posterior["x"].values.var(), 82, rtol=0.3)
+
+
+@members(SAMPLERS, quick=["pc_line_fmala"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"num_warmup": 0, "num_samples": 3, "thinning": 3},
+        pytest.param({"num_warmup": 0, "num_samples": 1, "thinning": 1}, marks=pytest.mark.slow),
+        pytest.param({"num_warmup": 1, "num_samples": 1, "thinning": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_smallest_counts(name, counts):
+    """In `probbp.sample` and in NumPyro's `MCMC`, whose thinning leaves a draw of as many."""
+    data = probbp.sample(
+        jax.random.key(0),
+        partial(SAMPLERS[name].algorithm, lambda x: -0.5 * jnp.sum(x**2)),
+        jnp.zeros(2),
+        num_chains=1,
+        progress_bar=False,
+        **counts,
+    )
+    mcmc = MCMC(Kernel(normal, SAMPLERS[name].algorithm), progress_bar=False, **counts)
+    mcmc.run(jax.random.key(0))
+    hosted = az.from_numpyro(mcmc)
+    shapes = [data.posterior["x"].shape, hosted.posterior["x"].shape]
+    assert shapes == [(1, counts["num_samples"], 2), (1, 1, 2)]
+    for found in (data, hosted):
+        assert np.all(np.isfinite(found.posterior["x"].values))
+
+
+def normal():
+    numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))

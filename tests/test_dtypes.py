@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cheap import equations_of
 from invariance import PASS, largest_z_of
-from tables import EVERY, SAMPLERS, build
+from tables import ALGORITHMS, EVERY, SAMPLERS, build, members
 from targets import TARGETS
 
 import probbp
@@ -76,6 +77,58 @@ def test_half_precision_is_exact_as_far_as_it_is_precise(name, dtype):
     target = TARGETS["mix"]
     algorithm = build(name, target.logdensity_fn)
     assert largest_z_of(jax.random.key(0), algorithm, target, 20_000, 8, dtype) < PASS
+
+
+def rates(position, step_size):
+    """Return MALA's acceptance rates of a first move from each of several positions."""
+    wide = lambda x: logdensity_fn(x.astype(jnp.float32))
+    mala = probbp.mala(wide, step_size)
+
+    def rate(position, key):
+        return mala.step(key, mala.init(position, key))[1].acceptance_rate
+
+    keys = jax.random.split(jax.random.key(1), len(position))
+    return jax.jit(jax.vmap(rate))(position, keys)
+
+
+def test_half_precision_of_many_parameters_is_added_up_in_single():
+    """Sums of squares are about 5000, where bfloat16 has steps of 32: a log ratio is lost in it."""
+    position = jax.random.normal(jax.random.key(0), (64, 5000), jnp.float32)
+    expected, found = (rates(position.astype(d), 1e-3) for d in ("float32", "bfloat16"))
+    assert expected.mean() > 0.9
+    assert abs(found.mean() - expected.mean()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_surrogate_wants_single_precision(dtype):
+    position = {"a": jnp.zeros(2, dtype), "b": jnp.zeros(3, dtype)}
+    with pytest.raises(TypeError, match=f"{dtype} is too coarse: cast the position"):
+        probbp.surrogate(logdensity_fn).init(position)
+    probbp.surrogate(logdensity_fn).init(position | {"b": jnp.zeros(3, "float32")})
+
+
+@members(name for name in ALGORITHMS if "wrong" not in name)
+def test_single_stays_single_and_double_is_never_shortened(name):
+    scale = None if name == "surrogate" else jnp.ones(3)
+    algorithm = build(name, logdensity_fn, inverse_mass_matrix=scale)
+    init = (lambda x, key: algorithm.init(x)) if name == "surrogate" else algorithm.init
+
+    def run(position, key):
+        state = init(position, key)
+        return state, algorithm.step(key, state)
+
+    single, double = jnp.zeros(3, "float32"), jnp.zeros(3)
+    outputs = jax.tree.leaves(jax.eval_shape(run, single, jax.random.key(0)))
+    assert {o.dtype for o in outputs if jnp.issubdtype(o.dtype, jnp.floating)} == {single.dtype}
+    shortened = [
+        eqn
+        for eqn in equations_of(run, double, jax.random.key(0))
+        if eqn.primitive.name == "convert_element_type"
+        and eqn.invars[0].aval.dtype == double.dtype
+        and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+        and eqn.outvars[0].aval.dtype != double.dtype
+    ]
+    assert not shortened
 
 
 def test_a_run_in_half_precision():

@@ -211,3 +211,22 @@ def test_a_proper_density_of_any_scale_is_not(scale):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         under(lambda x: -0.5 * jnp.sum((x / scale) ** 2), 300, scale * jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("offset", "is_told"), [pytest.param(1e6, False, marks=pytest.mark.slow), (-1e8, True)]
+)
+def test_a_log_density_that_is_too_large_for_single_precision_is_told(offset, is_told):
+    def run():
+        probbp.sample(
+            jax.random.key(0),
+            partial(probbp.mala, lambda x: offset - 0.5 * jnp.sum(x**2)),
+            jnp.zeros(2, "float32"),
+            **OPTIONS | {"progress_bar": False},
+        )
+
+    if is_told:
+        with pytest.warns(UserWarning, match="about 1.0e.08, and in float32 known to 1e.01 only"):
+            run()
+    else:  # warnings are errors
+        run()

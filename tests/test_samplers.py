@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
+from cheap import equations_of
 from invariance import FAIL, PASS, largest_z, largest_z_of
 from tables import (
     ALGORITHMS,
@@ -676,3 +677,66 @@ def test_every_algorithm_can_be_pickled():
         copy = pickle.loads(pickle.dumps(partial(algorithm, jnp.sum)))
         assert copy.func.differentiable is algorithm.differentiable
         assert copy.func.target_acceptance_rate() == algorithm.target_acceptance_rate()
+
+
+# ---------------------------------------------------------------------------------------
+# Many parameters, large constants.
+
+
+@members([name for name in EVERY if "wrong" not in name])
+def test_memory_is_linear_in_the_number_of_parameters(name):
+    """Nothing in start, warm-up and step has the size of a matrix of them."""
+    num_params = 5000
+
+    def run(key):
+        algorithm = lambda **learnt: EVERY[name].algorithm(standard_normal, **learnt)
+        options = {"target_acceptance_rate": 0.5}
+        return probbp.warmup(key, algorithm, jnp.zeros(num_params), 20, **options)
+
+    equations = equations_of(run, jax.random.key(0))
+    sizes = [out.aval.size for eqn in equations for out in eqn.outvars if hasattr(out.aval, "size")]
+    assert num_params <= max(sizes) <= 4 * num_params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_of_5000_parameters(name):
+    data = probbp.sample(
+        jax.random.key(0),
+        partial(SAMPLERS[name].algorithm, standard_normal),
+        jnp.zeros(5000, "float32"),
+        num_warmup=20,
+        num_samples=5,
+        num_chains=2,
+        progress_bar=False,
+    )
+    assert np.all(np.isfinite(data.posterior["x"].values))
+    assert data.sample_stats["acceptance_rate"].values.mean() > 0.01
+
+
+def test_the_surrogate_refuses_5000_parameters_before_the_run():
+    algorithm = partial(probbp.surrogate, standard_normal)
+    with pytest.raises(ValueError, match="5000 are too many .at most 1000.: take probbp.mala"):
+        probbp.sample(jax.random.key(0), algorithm, jnp.zeros(5000), progress_bar=False)
+
+
+def standard_normal(x):
+    return -jnp.sum(x**2) / 2
+
+
+@members(ALGORITHMS, quick=["mala", "pc_line_fmala", *LEARNING])
+def test_a_constant_in_the_log_density_changes_no_draw(name):
+    """In double precision, where 1e8 leaves eight digits behind the point."""
+
+    def run(offset):
+        algorithm = build(name, lambda x: standard_normal(x) + offset)
+        key_init, key_steps = jax.random.split(jax.random.key(0))
+        start = jnp.linspace(-1.0, 1.0, 3)
+        state = algorithm.init(start, *([] if name in LEARNING else [key_init]))
+        keys = jax.random.split(key_steps, 100)
+        return jax.lax.scan(lambda s, k: (algorithm.step(k, s)[0], s.position), state, keys)[1]
+
+    plain, *shifted = jax.jit(jax.vmap(run))(jnp.array([0.0, 1e6, -1e8]))
+    assert len(np.unique(plain[:, 0])) > 10
+    for draws in shifted:
+        np.testing.assert_allclose(draws, plain, rtol=1e-6, atol=1e-6)

@@ -1,8 +1,11 @@
 """JAX's strict modes: what is ours runs under them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
+from tables import ALGORITHMS, IN_INFERENCE, build, members
 
 import probbp
 from probbp.ops import sdo, sus
@@ -79,3 +82,43 @@ def test_ranks_are_not_promoted(name):
 def test_types_are_not_promoted(name):
     with jax.numpy_dtype_promotion("strict"):
         OPS[name]()
+
+
+# One of a kind; those that are left are the same programs with other settings.
+SOME = ["mala", "pc_fmala", "line_fmala, plane", "surrogate"]
+
+
+@members([name for name in ALGORITHMS if "wrong" not in name], quick=SOME)
+def test_a_compiled_sampler_leaks_no_tracer_and_moves_nothing(name):
+    position, scale = jnp.ones(3), None if name == "surrogate" else jnp.ones(3)
+    algorithm = build(name, density, inverse_mass_matrix=scale)
+    init = algorithm.init if name == "surrogate" else partial(algorithm.init, rng_key=KEY)
+    with jax.checking_leaks(), jax.transfer_guard("disallow"):
+        state = jax.jit(init)(position)
+        jax.block_until_ready(jax.jit(algorithm.step)(KEY, state))
+
+
+@members(IN_INFERENCE, quick=["rtrl.scan, last carry", "sus.dot_product_attention"])
+def test_a_compiled_operation_leaks_no_tracer_and_moves_nothing(name):
+    op, _ = IN_INFERENCE[name]
+
+    def value_and_pushed(x, rng_key):  # forward mode, which they all have
+        return jax.jvp(lambda x: op(x, rng_key), (x,), (x,))
+
+    x = jnp.linspace(0.3, 0.7, 2)
+    with jax.checking_leaks(), jax.transfer_guard("disallow"):
+        jax.block_until_ready(jax.jit(value_and_pushed)(x, KEY))
+
+
+def test_a_run_moves_nothing_by_itself():
+    """What is on the host is put on the device explicitly; from there NumPy reads it."""
+    position = jnp.zeros(2)
+    with jax.transfer_guard("disallow"):
+        probbp.sample(
+            KEY,
+            partial(probbp.mala, density),
+            position,
+            num_warmup=20,
+            num_samples=10,
+            progress_bar=False,
+        )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from probbp.checks import check_rng_key
 from probbp.diagnostics.names import leaf_names
 from probbp.diagnostics.quality import GradientQuality, LeafQuality
 from probbp.types import Estimator, Tree, ValueAndGrad, ways_out
@@ -78,6 +79,7 @@ def gradient_quality(
         >>> bool(abs(error) < 4 * quality.overall.relative_variance_error)
         True
     """
+    check_rng_key(rng_key)
     _require_counts(num_keys, batch_size)
     params = jax.tree.map(jnp.asarray, params)
     names = _names(params)

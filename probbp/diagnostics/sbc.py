@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 from tqdm.auto import tqdm
 
+from probbp.checks import check_rng_key
 from probbp.diagnostics.names import leaf_names
 from probbp.types import Tree
 
@@ -124,6 +125,7 @@ def simulation_based_calibration(
         Talts et al., 2018, arXiv:1804.06788; Modrak et al., 2023, arXiv:2211.02383 (quantities that
         depend on data).
     """
+    check_rng_key(rng_key)
     for name, count in {"num_simulations": num_simulations, "batch_size": batch_size or 1}.items():
         if count < 1 or count != int(count):
             raise ValueError(f"{name} must be a positive integer, got {count}.")

@@ -13,6 +13,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 from numpyro.util import identity, is_prng_key
 
+from probbp.checks import check_rng_key
 from probbp.numpyro.calls import Plates, handed, inspect_model
 from probbp.numpyro.pooled import first_chain, init_chains, of_one_chain, step_chains
 from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
@@ -132,6 +133,7 @@ class Kernel(MCMCKernel):
         """Return the first state: one chain's, or several chains' for several keys."""
         model_kwargs = {} if model_kwargs is None else model_kwargs
         is_single = is_prng_key(rng_key)
+        check_rng_key(rng_key[0] if getattr(rng_key, "ndim", 0) and not is_single else rng_key)
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)

@@ -35,6 +35,7 @@ from jax.lax import stop_gradient
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import initialize_model
 
+from probbp.checks import check_rng_key
 from probbp.numpyro.calls import Rows, handed, inspect_model
 from probbp.numpyro.rows import (
     KeyedLogDensity,
@@ -149,6 +150,7 @@ def subsampled(
         Welling & Teh, 2011 (stochastic gradient Langevin dynamics); Baker et al., 2019,
         arXiv:1706.05439 (control variates: `blackjax.sgmcmc.gradients.control_variates`).
     """
+    check_rng_key(rng_key)
     if estimator is not None:
         checks.check_estimator(estimator)
     key_trace, key_rows, key_init, key_all = jax.random.split(rng_key, 4)

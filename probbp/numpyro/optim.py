@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import _NumPyroOptim
 
+from probbp.checks import check_rng_key
 from probbp.samplers import checks
 from probbp.types import Estimator, Tree, ways_out
 
@@ -81,6 +82,7 @@ class Optim(_NumPyroOptim):
             )
         checks.check_estimator(estimator)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
+        check_rng_key(rng_key)
         transformation = optax.with_extra_args_support(transformation)
 
         def init_fn(params):

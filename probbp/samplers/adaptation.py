@@ -18,7 +18,7 @@ from blackjax.adaptation.metric_recipes import MetricRecipe, lookup_recipe
 from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
-from probbp.checks import check_choice, check_count, check_number
+from probbp.checks import check_choice, check_count, check_number, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.algorithm import check_algorithm
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
@@ -87,21 +87,23 @@ def adaptation(
     checks.check_step_size(initial_step_size)
     check_number("target_acceptance_rate", target_acceptance_rate, "(0, 1)")
     num_steps = check_count("num_steps", num_steps, 0)
-    schedule = jnp.array(
-        build_schedule(
-            num_steps,
-            initial_buffer_size=max(75, num_steps // 10),
-            final_buffer_size=max(50, num_steps // 10),
-            first_window_size=max(25, num_steps // 20),
-        )
-    ).reshape(num_steps, 2)
     step_init, step_update, step_final = dual_averaging_adaptation(target_acceptance_rate)
-    step_size = jnp.asarray(initial_step_size, dtype=float)
-    initial = AdaptationState(step_size, None, step_init(step_size), None)
-    if metric is not None:
-        learn = _recipe(metric, num_params).build_core(buffer_size=max(num_steps, 1))
-        state = learn.init(num_params)
-        initial = initial._replace(inverse_mass_matrix=state.inverse_mass_matrix, metric=state)
+    # BlackJAX makes small arrays of Python's numbers, which are moved to the device once.
+    with jax.transfer_guard_host_to_device("allow"):
+        schedule = jnp.array(
+            build_schedule(
+                num_steps,
+                initial_buffer_size=max(75, num_steps // 10),
+                final_buffer_size=max(50, num_steps // 10),
+                first_window_size=max(25, num_steps // 20),
+            )
+        ).reshape(num_steps, 2)
+        step_size = jnp.asarray(initial_step_size, dtype=float)
+        initial = AdaptationState(step_size, None, step_init(step_size), None)
+        if metric is not None:
+            learn = _recipe(metric, num_params).build_core(buffer_size=max(num_steps, 1))
+            state = learn.init(num_params)
+            initial = initial._replace(inverse_mass_matrix=state.inverse_mass_matrix, metric=state)
 
     def end_window(state: AdaptationState) -> AdaptationState:
         metric_state = learn.final(state.metric)
@@ -170,6 +172,7 @@ def warmup(
         >>> sampler = algorithm(**parameters)
     """
     check_algorithm(algorithm, metric, on_density=True)
+    check_rng_key(rng_key)
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     adapt = adaptation(

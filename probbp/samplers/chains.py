@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from probbp.checks import check_rng_key
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
 from probbp.runs.loop import opened
@@ -120,7 +121,8 @@ def sample(
 
     Warns:
         UserWarning: where all proposals of a chain diverged, or step sizes or positions left every
-            scale, as under an improper density; and after Ctrl-C.
+            scale, as under an improper density; where the log density is so large that its dtype
+            rounds it by a half or more (4e6 in single precision); and after Ctrl-C.
 
     Example:
         >>> import jax, jax.numpy as jnp, probbp
@@ -132,6 +134,7 @@ def sample(
         >>> data.posterior["a"].shape
         (4, 50, 2)
     """
+    check_rng_key(rng_key)
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)

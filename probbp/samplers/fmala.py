@@ -16,7 +16,7 @@ from blackjax.mcmc.mala import MALAState
 from blackjax.mcmc.metrics import default_metric
 from blackjax.util import generate_unit_vector
 
-from probbp.checks import check_choice
+from probbp.checks import check_choice, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
@@ -54,6 +54,8 @@ def init(
         TypeError: for integer positions, and a log density that is no scalar.
         ValueError: for a log density that is not finite at the position.
     """
+    if rng_key is not None:
+        check_rng_key(rng_key)
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
     rng_key = key_of(position) if rng_key is None else rng_key

@@ -18,7 +18,7 @@ from blackjax.mcmc.metrics import default_metric
 from blackjax.mcmc.proposal import static_binomial_sampling
 from blackjax.util import generate_gaussian_noise
 
-from probbp.checks import check_choice
+from probbp.checks import check_choice, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.whitening import IDENTITY, Whitening, whitening
@@ -66,6 +66,8 @@ def init(
         TypeError: for integer positions, and a log density that is no scalar.
         ValueError: for a log density that is not finite at the position.
     """
+    if rng_key is not None:
+        check_rng_key(rng_key)
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
     white = whitening(inverse_mass_matrix, position)
@@ -244,12 +246,19 @@ def langevin_step(
     log_ratio = (
         there.logdensity
         - here.logdensity
-        - optax.tree.norm(residual, squared=True) / (4 * h_back)
-        + optax.tree.norm(noise, squared=True) / 2
+        - _squared_norm(residual) / (4 * h_back)
+        + _squared_norm(noise) / 2
         + num_params / 2 * (jnp.log(there.precision) - jnp.log(here.precision))
     )
     proposal = MALAState(position, there.logdensity, white.push(there.grad))
     return accept_or_reject(key_accept, log_ratio, state, proposal, is_finite)
+
+
+def _squared_norm(tree: Tree) -> jax.Array:
+    """Return the sum of squares, which half precision would round by more than one."""
+    leaves = jax.tree.leaves(tree)
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    return optax.tree.norm(wide, squared=True)
 
 
 def finite_or_zero(estimate: Tree) -> tuple[Tree, jax.Array]:

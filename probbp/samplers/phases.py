@@ -12,7 +12,7 @@ import numpy as np
 from probbp.runs.devices import Devices
 from probbp.runs.loop import Loop
 from probbp.samplers import checks, progress, sinks, streams
-from probbp.samplers.endings import distance
+from probbp.samplers.endings import distance, warn_of_rounding
 from probbp.samplers.plan import Plan
 from probbp.types import Tree
 
@@ -95,8 +95,8 @@ class Phases(NamedTuple):
         keys, none = on.jit(plan.keys.warm_up), no_draws(self.sink.like)
         run = on.jit(plan.program.warm_up, donate_argnums=0)
         for start, num in loop.stretches(plan.warmup_chunk, plan.num_warmup):
-            schedule = plan.schedule[start : start + num]
-            carry, acceptance = run(carry, keys(rng_key, np.uint32(start)), schedule)
+            step, stages = jax.device_put((np.uint32(start), plan.schedule[start : start + num]))
+            carry, acceptance = run(carry, keys(rng_key, step), stages)
             if self.progress_bar:
                 shown = acceptance, carry[1].step_size, getattr(carry[1], "held_out_std", np.nan)
                 acceptance, step_size, held_out_std = on.get(shown)
@@ -114,7 +114,7 @@ class Phases(NamedTuple):
         learnt = self.on.jit(self.plan.program.learn)(carry[1])
         step_size = self.on.get(learnt["step_size"])
         try:
-            position = self._stretches(rng_key, carry, learnt, step_size)
+            states = self._stretches(rng_key, carry, learnt, step_size)
         except KeyboardInterrupt:
             if not self.sink.count():
                 raise
@@ -124,17 +124,22 @@ class Phases(NamedTuple):
                 stacklevel=4,
             )
             return step_size, 0.0
-        start = self.plan.start
-        return step_size, distance(self.on.get(position), start.position, start.dispersion)
+        start, (end, logdensity) = (
+            self.plan.start,
+            self.on.get((states.position, states.logdensity)),
+        )
+        warn_of_rounding(logdensity)
+        return step_size, distance(end, start.position, start.dispersion)
 
     def _stretches(self, rng_key, carry, learnt, step_size):
-        """Make the draws, stretch by stretch, and return where the chains end."""
+        """Make the draws, stretch by stretch, and return the last states."""
         plan, loop, on = self.plan, self.loop, self.on
         (states, adapted), begin = carry, plan.num_warmup
         tally = no_draws(self.sink.like) if loop.state is None else loop.state[1]
         keys, run = on.jit(plan.keys.draw), on.jit(plan.program.draw, donate_argnums=0)
         for start, num in loop.stretches(plan.chunk, begin + plan.num_samples, begin):
-            states, draws = run(states, learnt, keys(rng_key, np.uint32(start - begin)))
+            step = jax.device_put(np.uint32(start - begin))
+            states, draws = run(states, learnt, keys(rng_key, step))
             draws = jax.tree.map(lambda leaf, num=num: leaf[:, :num], on.get(draws))
             seen = self.sink.add(start - begin, draws, step_size)
             if self.progress_bar or self.sink.is_on_disk:
@@ -151,7 +156,7 @@ class Phases(NamedTuple):
                 )
             now = states, adapted
             loop.keep(start + num, lambda now=now, tally=tally: (on.get(now), tally))
-        return states.position
+        return states
 
 
 def _add(tally, seen, draws):

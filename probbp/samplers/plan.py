@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     num_samples: int
     warmup_chunk: int
     chunk: int
-    schedule: jax.Array
+    schedule: np.ndarray
     start: Start
     program: Programs
     keys: Keys
@@ -121,7 +121,8 @@ def plan(
     batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
-    num_warmup = len(tuning.schedule)
+    schedule = np.asarray(tuning.schedule)
+    num_warmup = len(schedule)
     chunk = -(-num_samples // NUM_UPDATES)
     # The keys hang on this number, and so not on `every`.
     num_keys = chunk * (-(-num_samples // chunk))
@@ -150,7 +151,7 @@ def plan(
         "postprocess_fn": (result.postprocess, (_one_draw(draws.position),)),
     }
     if num_warmup:
-        warmup_args = carry, warmup_keys, tuning.schedule[: tuning.chunk]
+        warmup_args = carry, warmup_keys, schedule[: tuning.chunk]
         described["the program of the warm-up"] = program.warm_up, warmup_args
     sizes = {"num_samples": num_samples, "num_chains": num_chains, "thinning": thinning}
     template = _template(result, draws, learnt["step_size"])
@@ -166,7 +167,7 @@ def plan(
         num_samples,
         tuning.chunk,
         chunk,
-        tuning.schedule,
+        schedule,
         start,
         program,
         keys,

@@ -140,13 +140,14 @@ def _check_lengths(xs: Tree, length: int | None) -> None:
 
 def closure_converted(f: Callable, *examples: Tree) -> tuple[Callable, list[jax.Array]]:
     """Return `f(consts, *args)` for arguments like the examples, and what `f` closed over."""
-    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
+    closed, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)  # what outlives a trace: no tracer
 
     def converted(consts, *args):
-        out = eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
+        out = eval_jaxpr(jaxpr, consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, out)
 
-    return converted, jaxpr.consts
+    return converted, closed.consts
 
 
 def slice_of(xs: Tree) -> Tree:

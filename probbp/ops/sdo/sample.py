@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_rng_key
 from probbp.ops.sdo.keep import Keep, Subset, live_steps
 from probbp.ops.sdo.path import GaussianPath, walk_of
 from probbp.ops.sdo.rules import Inputs, Sampler, each_alone, one_each, stretch, subset
@@ -120,6 +121,8 @@ def sample(
     Reference:
         Dou et al., 2025, arXiv:2505.07477. The Gaussian path, `Last`, "each" and `Subset` are ours.
     """
+    if rng_key is not None:
+        check_rng_key(rng_key)
     noise = jnp.asarray(noise)
     num_steps = len(schedule.times)
     live = live_steps(keep_step, num_steps)

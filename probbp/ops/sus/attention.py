@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_choice, check_count, check_number
+from probbp.checks import check_choice, check_count, check_number, check_rng_key
 from probbp.ops.sus.forward import RULES, Options, Sampling, Seen, forward
 from probbp.ops.sus.sparse import sparse
 
@@ -120,6 +120,8 @@ def dot_product_attention(
         Pankov & Harik, 2025, arXiv:2505.15080. The derivation in terms of tangents and the
         sampling other than "independent" are ours.
     """
+    if rng_key is not None:
+        check_rng_key(rng_key)
     is_batched = jnp.ndim(query) == 4
     query, key, value = (
         _four_axes(name, x) for name, x in {"query": query, "key": key, "value": value}.items()

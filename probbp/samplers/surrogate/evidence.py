@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.inner import (
@@ -121,6 +121,7 @@ def log_evidence(
         Bennett, 1976; Meng & Wong, 1996 (the optimal bridge); Frühwirth-Schnatter, 2004 (its
         error); Overstall & Forster, 2010 (a reference from one half of the draws).
     """
+    check_rng_key(rng_key)
     check_count("num_evaluations", num_evaluations)
     flat, unravel = _flat(draws)
     num_chains, num_draws, dim = flat.shape

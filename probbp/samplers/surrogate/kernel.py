@@ -98,11 +98,13 @@ def init(
         transport: the map of the kernel. They must be the same: a state holds the whitened point.
 
     Raises:
-        TypeError: for integer positions, and a log density that is no scalar.
+        TypeError: for integer positions, all of half precision, and a log density that is no
+            scalar.
         ValueError: for a log density that is not finite at the position.
     """
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
+    _check_precision(position)
     logdensity = keyed(checks.scalar(logdensity_fn), jax.random.key(0))(position)
     checks.check_start(logdensity)
     checks.check_key(logdensity_fn, position)
@@ -300,6 +302,16 @@ def _as_floats(dtype: Any, tree: Tree) -> Tree:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def _check_precision(position: Tree) -> None:
+    """Require a leaf of single precision at least: the whitened point has the widest leaf's."""
+    dtype = jnp.result_type(*jax.tree.leaves(position))
+    if jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"probbp.surrogate computes its map and its surrogate in the precision of the position,"
+            f" and {dtype} is too coarse: cast the position (`x.astype(jnp.float32)`)."
+        )
 
 
 def _check_weights(weights: Any) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_rng_key
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.kernel import WALK, SurrogateState, build_kernel, whiten
 from probbp.samplers.surrogate.learning import (
@@ -43,6 +44,9 @@ MAX_POINTS = 9000
 """Points that the surrogate is fitted to, the latest."""
 
 ROUND_WEIGHTS = (0.5, 0.15, 0.15, 0.2)
+
+MAX_DIM = 1000
+"""Of more parameters a dense map, (d, d), says too little for what it costs."""
 
 
 class Stage(NamedTuple):
@@ -91,7 +95,16 @@ def init(
         num_steps: of each chain; the history holds as many as the fits use.
         batch_size: how many log densities are evaluated at once; all by default.
         estimator: of the gradient, see `adapt`. The first steps go without.
+
+    Raises:
+        ValueError: for more than `MAX_DIM` parameters.
     """
+    num_params = sum(leaf[0].size for leaf in jax.tree.leaves(starts))
+    if num_params > MAX_DIM:
+        raise ValueError(
+            f"probbp.surrogate learns a dense map of all parameters, and {num_params} are too many "
+            f"(at most {MAX_DIM}): take probbp.mala or probbp.pc_line_fmala."
+        )
     logdensity = _over_chains(logdensity_fn, batch_size)(starts)
     states = jax.vmap(partial(whiten, None))(starts, logdensity)
     num_chains, dim = states.whitened.shape
@@ -204,6 +217,7 @@ def adapt(
         >>> states, parameters, report = adapt(jax.random.key(1), logdensity_fn, starts, 200)
         >>> sampler = probbp.surrogate(logdensity_fn, **parameters._asdict())
     """
+    check_rng_key(rng_key)
     run = jax.jit(run_stage, static_argnums=(1, 3, 4), donate_argnums=2)
     first = partial(init, logdensity_fn, num_steps=num_steps, estimator=estimator)
     carry = jax.jit(first)(starts)
