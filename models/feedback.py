@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import linen, nnx, traverse_util
 
+from probbp.checks import check_rng_key
 from probbp.models.modules import check_module
 from probbp.ops import feedback
 
@@ -79,6 +80,7 @@ def with_feedback(
         True
         >>> optimiser = nnx.Optimizer(random, optax.adam(1e-3), wrt=nnx.Param)
     """
+    check_rng_key("rng_key", rng_key)
     check_module("model", model, "For Linen: linen_weights and linen_interceptor.")
     model = nnx.clone(model)
     layers: list[Any] = [
@@ -119,6 +121,7 @@ def linen_weights(rng_key: jax.Array, params: Any) -> dict[str, Any]:
     Returns:
         `params` without anything but kernels, drawn by `feedback.normal`.
     """
+    check_rng_key("rng_key", rng_key)
     flat = traverse_util.flatten_dict(params)
     kernels = {path: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
     return traverse_util.unflatten_dict(feedback.normal(rng_key, kernels))

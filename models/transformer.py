@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_rng_key
 
 
 def init(
@@ -59,6 +59,7 @@ def init(
         >>> params["layers.0.attention.query.kernel"].shape
         (64, 64)
     """
+    check_rng_key("rng_key", rng_key)
     if (vocabulary is None) == (num_features is None):
         raise ValueError(
             "Give one of vocabulary (the inputs are integers) and num_features (the inputs are "

@@ -1,13 +1,15 @@
-"""What an argument must be: a count, a number in an interval, one of some names.
+"""What an argument must be: a count, a number in an interval, one of some names, a random key.
 
 Python's, NumPy's and JAX's scalars are taken alike. Of a tracer, whose value is not known, only
 the kind is checked.
 """
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -84,6 +86,51 @@ def check_choice(name: str, value: Any, choices: Sequence[str], way_out: str = "
         *first, last = map(repr, choices)
         listed = f"{', '.join(first)} or {last}" if first else last
         raise ValueError(_sentence(f"Unknown {name}={_shown(value)}: choose {listed}", way_out))
+
+
+def check_function(name: str, value: Any, way_out: str = "") -> None:
+    """Require what can be called."""
+    if not callable(value):
+        raise TypeError(_sentence(f"{name} must be a function, got {_shown(value)}", way_out))
+
+
+def check_estimator(estimator: Any) -> None:
+    """Require a function of a function: an estimator, not its name, and not what makes one."""
+    way_out = (
+        "Pass what a function of probbp.estimators returns, such as reverse() or forward(8): call "
+        "the function that makes it."
+    )
+    check_function("estimator", estimator, way_out)
+    name = getattr(estimator, "__qualname__", "")
+    makes_one = name.isidentifier() and not name.startswith("_")
+    if makes_one and estimator.__module__ == "probbp.estimators":
+        raise TypeError(_sentence(f"estimator must be an estimator, got {name}", way_out))
+    try:
+        signature = inspect.signature(estimator)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(jnp.sum)
+    except TypeError:
+        words = f"estimator must take a function, and {name or estimator} takes {signature}"
+        raise TypeError(_sentence(words, way_out)) from None
+
+
+def check_rng_key(name: str, value: Any) -> None:
+    """Require one key of JAX's, of either kind."""
+    dtype = getattr(value, "dtype", None)
+    is_typed = isinstance(value, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = not is_typed and dtype == np.uint32
+    if not (is_typed or is_raw):
+        raise TypeError(
+            f"{name} must be a key such as jax.random.key(0), got {_shown(value)}. Its seed is an "
+            "integer."
+        )
+    if np.ndim(value) != is_raw:
+        raise ValueError(
+            f"{name} must be one key, got an array of {np.shape(value)}. Take one of them, or "
+            "jax.vmap over all."
+        )
 
 
 def _is_real(value: Any) -> bool:

@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
         "stream": f"the same call starts {folder} from scratch; with checkpoint= it would go on.",
     }
     with monkeypatch.context() as patch:
-        at_call(patch, sinks, "of_few_draws", 3, raising(error))
+        at_call(patch, sinks, "variables", 2, raising(error))
         with pytest.raises(OSError, match="No space") as caught:
             draw(**{option: folder})
     assert caught.value.errno == errno.ENOSPC
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
 
 def test_other_errors_are_left_alone(tmp_path, monkeypatch):
     error = OSError(errno.EACCES, "Permission denied")
-    at_call(monkeypatch, sinks, "of_few_draws", 3, raising(error))
+    at_call(monkeypatch, sinks, "variables", 2, raising(error))
     with pytest.raises(OSError, match="Permission denied") as caught:
         draw(checkpoint=tmp_path / "run")
     assert caught.value is error

@@ -691,7 +691,7 @@ def test_a_potential_needs_a_start_for_each_chain():
 @pytest.mark.parametrize(
     ("estimator", "words"),
     [
-        ("forward", "estimator must be a function, got 'forward'.*estimator=forward"),
+        ("forward", "estimator must be a function, got 'forward'.*such as reverse"),
         (reverse, r"reverse takes \(\).*estimator=forward\(\)"),
         (averaged, "averaged takes .*estimator=forward"),
     ],

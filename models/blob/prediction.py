@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 from numpyro.handlers import lift
 from numpyro.infer import Predictive
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_rng_key
 from probbp.models import lora as low_rank
 from probbp.models.blob.divergence import std
 from probbp.models.blob.model import BayesianLora, Noise
@@ -46,6 +46,7 @@ def predict(
     Returns:
         Logits (num_samples, batch, ...), and (1, batch, ...) for the mean.
     """
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples, 0)
     if num_samples == 0:
         logits = lora.apply(base, _factors(lora, params), *inputs)

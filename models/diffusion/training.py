@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from probbp.checks import check_choice, check_count, check_number
+from probbp.checks import check_choice, check_count, check_number, check_rng_key
 from probbp.models.diffusion.descent import descend
 from probbp.models.modules import check_module
 from probbp.ops import sdo
@@ -92,6 +92,7 @@ def train(
         >>> bool(trained.losses[-20:].mean() < trained.losses[:20].mean())
         True
     """
+    check_rng_key("rng_key", rng_key)
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     batch_size = check_count("batch_size", batch_size)
     check_choice("prediction", prediction, get_args(sdo.Prediction))
@@ -211,6 +212,7 @@ def tune(
         >>> tuned.losses.shape
         (2,)
     """
+    check_rng_key("rng_key", rng_key)
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     batch_size = check_count("batch_size", batch_size)
     check_choice("prediction", prediction, get_args(sdo.Prediction))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_number, check_rng_key
 from probbp.models.growth.acceptance import Proposal
 from probbp.ops.dendrites import Dendrites, num_params
 from probbp.runs import checkpoints
@@ -181,6 +181,7 @@ def grow(
     """
     from probbp.models.growth import files  # which knows the state
 
+    check_rng_key("rng_key", rng_key)
     max_sets, max_tries = check_count("max_sets", max_sets, 0), check_count("max_tries", max_tries)
     patience, max_epochs = check_count("patience", patience), check_count("max_epochs", max_epochs)
     check_number("min_improvement", min_improvement, "[0, inf)")

@@ -17,7 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_number, check_rng_key
 from probbp.models.growth.acceptance import Proposal, Search, by_layer, checked_search, said
 from probbp.models.growth.machine import Fit, Host, programs_of
 from probbp.models.growth.weights import connected, masks_of, random_layer, sites_of
@@ -117,6 +117,7 @@ def from_svi(
         >>> Predictive(grown, posterior_samples=draws)(jax.random.key(4), x[:7])["y"].shape
         (5, 7)
     """
+    check_rng_key("rng_key", rng_key)
     check_number("prior_scale", prior_scale, "(0, inf)")
     epoch_steps = check_count("epoch_steps", epoch_steps)
     num_particles = check_count("num_particles", num_particles)

@@ -10,7 +10,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_rng_key
 from probbp.models.physics_vae.coordinates import constrain
 from probbp.models.physics_vae.model import PhysicsVAE
 from probbp.models.physics_vae.prediction import decode
@@ -132,6 +132,7 @@ def pareto_k(
     Reference:
         Yao, Vehtari, Simpson & Gelman, 2018, arXiv:1802.02538.
     """
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     options = {"known": known, "heads": False}
 

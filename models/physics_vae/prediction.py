@@ -9,7 +9,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import Predictive
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_rng_key
 from probbp.models.physics_vae.coordinates import constrain
 from probbp.models.physics_vae.model import PhysicsVAE
 
@@ -49,6 +49,7 @@ def predict(
     Returns:
         Sites, with the draws on their first axis and the records on the second.
     """
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     key_guide, key_model = jax.random.split(rng_key)
     draws = Predictive(vae.guide, params=dict(params), num_samples=num_samples)(key_guide, x)

@@ -13,12 +13,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 from numpyro.util import identity, is_prng_key
 
+from probbp.checks import check_count, check_function, check_number
 from probbp.numpyro.calls import Plates, handed, inspect_model
 from probbp.numpyro.pooled import first_chain, init_chains, of_one_chain, step_chains
 from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
 from probbp.numpyro.state import KernelState
 from probbp.samplers import checks
-from probbp.samplers.adaptation import Metric, adaptation, parameters
+from probbp.samplers.adaptation import Metric, adaptation, check_metric, parameters
 from probbp.samplers.algorithm import (
     brings_warmup,
     check_algorithm,
@@ -96,7 +97,17 @@ class Kernel(MCMCKernel):
             raise ValueError("Give Kernel either a model or a potential_fn.")
         if algorithm is None:
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
+        if potential_fn is None:
+            check_function("model", model, "Pass a NumPyro model.")
+        else:
+            check_function("potential_fn", potential_fn, "Pass minus a log density.")
         check_algorithm(algorithm, metric, on_density=False)
+        checks.check_step_size(step_size)
+        check_metric(metric)
+        if target_accept_prob is not None:
+            check_number("target_accept_prob", target_accept_prob, "(0, 1)")
+        batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+        check_function("init_strategy", init_strategy, "Pass one of numpyro.infer, or of yours.")
         if brings_warmup(algorithm):
             _refuse_beside_own_warmup(step_size, target_accept_prob, metric)
         if target_accept_prob is None:

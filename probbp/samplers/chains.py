@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_function, check_number, check_rng_key
 from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
@@ -148,6 +148,7 @@ def sample(
     # ArviZ is slow to import; a script that only takes kernels is spared it.
     from probbp.diagnostics.arviz import from_blackjax
 
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     num_chains = check_count("num_chains", num_chains)
     thinning = check_count("thinning", thinning)
@@ -162,6 +163,12 @@ def sample(
     check_algorithm(algorithm, metric, on_density=True)
     if isinstance(coords, Mapping) and "draw" in coords:
         raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be one of JAX, such as jax.make_mesh((8,), ('chains',)), got {mesh!r}."
+        )
+    if postprocess_fn is not None:
+        check_function("postprocess_fn", postprocess_fn, "Pass one that maps a position to a tree.")
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
     own_steps = 2900 if num_warmup is None else num_warmup
@@ -179,8 +186,8 @@ def sample(
     chunk = min(every or chunk, num_samples)
     checks.check_num_keys(num_chains, max(num_warmup, num_keys))
     if not callable(position):
-        position = jax.tree.map(jnp.asarray, position)
         checks.check_position(position)
+        position = jax.tree.map(jnp.asarray, position)
     start_fn = position if callable(position) else None
     if start_fn is not None:
         position = start_fn(rng_key)
@@ -237,7 +244,7 @@ def sample(
     # The very object that is returned, of one draw: what ArviZ would refuse is refused here.
     named = blank._replace(position=one_draw(jax.eval_shape(postprocess, blank.position)))
     blank_step = np.zeros(num_chains, learnt["step_size"].dtype)
-    template = sinks.of_few_draws(labeled, named, blank_step)
+    template = labeled(named, blank_step)
     described = {
         "the program of the start": (program.init, (starts, position)),
         "the program of the draws": (program.draw, draw_args),

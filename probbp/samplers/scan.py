@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from tqdm.auto import tqdm
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_function
 from probbp.runs import checkpoints
 from probbp.runs.devices import devices
 from probbp.runs.fingerprints import fingerprint
@@ -81,6 +81,7 @@ def checkpointed_scan(
         ...         checkpoint=folder + "/svi", every=50, progress_bar=False)
         >>> params = svi.get_params(state)
     """
+    check_function("f", f, "Pass (carry, None) -> (carry, y), as to jax.lax.scan.")
     length = check_count("length", length)
     every = -(-length // NUM_UPDATES) if every is None else every
     every = check_count("every", every)

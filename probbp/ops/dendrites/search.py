@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_number, check_rng_key
 from probbp.ops.dendrites.layer import Activation, Candidate, Dendrites, outputs
 from probbp.ops.dendrites.probes import Observation
 from probbp.ops.dendrites.regression import regression
@@ -150,6 +150,7 @@ def search(
         >>> found.candidate.kernel.shape
         (2, 1)
     """
+    check_rng_key("rng_key", rng_key)
     num_candidates = check_count("num_candidates", num_candidates)
     num_steps = check_count("num_steps", num_steps, 0)
     check_number("init_scale", init_scale, "(0, inf)")

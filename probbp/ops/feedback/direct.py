@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from probbp.checks import check_rng_key
 from probbp.ops.substitute import substitute
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -98,6 +99,7 @@ def direct_weights(rng_key: jax.Array, layers: Sequence[Layer], x: jax.Array) ->
     Returns:
         `(k, *features)` for each layer but the last.
     """
+    check_rng_key("rng_key", rng_key)
     shapes = []
     for layer in layers:
         x = jax.eval_shape(layer, x)

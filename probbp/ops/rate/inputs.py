@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_numbers
+from probbp.checks import check_numbers, check_rng_key
 from probbp.ops.substitute import substitute
 from probbp.types import Tree
 
@@ -42,6 +42,7 @@ def bernoulli(rng_key: jax.Array, rates: jax.Array) -> Inputs:
         >>> [round(rate, 1) for rate in train.mean(0).tolist()]
         [0.0, 0.2, 1.0]
     """
+    check_rng_key("rng_key", rng_key)
     check_numbers("rates", rates, "[0, 1]", "They are the probabilities of a spike.")
 
     def spikes(step):

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_choice, check_count, check_number
+from probbp.checks import check_choice, check_count, check_number, check_rng_key
 from probbp.ops.sus.forward import RULES, Options, Sampling, Seen, forward
 from probbp.ops.sus.sparse import sparse
 
@@ -134,6 +134,8 @@ def dot_product_attention(
     batch, time, heads, width = query.shape
     num_keys, key_heads = key.shape[1:3]
     check_choice("sampling", sampling, tuple(RULES))
+    if rng_key is not None:
+        check_rng_key("rng_key", rng_key)
     keep = math.inf if keep is None else _number("keep", keep)
     check_number("keep", keep, "(0, inf]", "keep=None keeps all weights.")
     window = None if local_window_size is None else _window(local_window_size)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_count, check_number, check_numbers
+from probbp.checks import check_count, check_number, check_numbers, check_rng_key
 from probbp.types import Tree
 
 
@@ -301,6 +301,7 @@ def certificate(
         ...     print(str(error).split(", ")[0])
         The prior was made from 100 of the 300 rows of the bound
     """
+    check_rng_key("rng_key", rng_key)
     check_number("delta", delta, "(0, 1)", "It is the probability that the bound fails.")
     check_number("delta_draws", delta_draws, "(0, 1)")
     num_draws = check_count("num_draws", num_draws)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_count, check_number
+from probbp.checks import check_count, check_number, check_rng_key
 from probbp.optim.dsbp.tracker import Spectrum
 from probbp.types import Estimator, Tree, ValueAndGrad, keyed
 
@@ -193,6 +193,7 @@ def leading_eigenpairs(
         >>> found.values.round(3).tolist(), round(float(found.trace), 3)
         ([10.0], 16.0)
     """
+    check_rng_key("rng_key", rng_key)
     rank, num_probes = check_count("rank", rank), check_count("num_probes", num_probes)
     _, stochtrace = _matfree()
     flat, _ = ravel_pytree(params)

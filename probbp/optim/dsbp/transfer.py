@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_number
+from probbp.checks import check_number, check_rng_key
 from probbp.optim.dsbp.sharpness import (
     gauss_newton_product,
     hessian_product,
@@ -108,6 +108,7 @@ def laplace(
         >>> prior.curvatures.round(3).tolist()
         [10.0, 4.0]
     """
+    check_rng_key("rng_key", rng_key)
     check_number("rest", rest, "(0, inf)", "It is a precision.")
     params = jax.tree.map(jnp.asarray, params)
     _, unravel = ravel_pytree(params)
