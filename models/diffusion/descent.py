@@ -85,6 +85,7 @@ def descend(
     with ExitStack() as stack:
         save = None
         if checkpoint is not None:
+            stack.enter_context(checkpoints.only_writer(checkpoint, on))
             like = jax.eval_shape(lambda: state)
             one_step = lambda key, state, begin: steps(key, state, begin, data, 1)
             described = {"the training step or its data": (one_step, (rng_key, like, 0))}

@@ -198,6 +198,7 @@ def grow(
         save = None
         if checkpoint is not None:
             on = devices(None, 1)
+            stack.enter_context(checkpoints.only_writer(checkpoint, on))
             prints = fingerprint(host.programs(first), (rng_key, first), rules._asdict())
             like = lambda done, note: files.like(host, note)
             found = checkpoints.newest(checkpoint, prints, like)

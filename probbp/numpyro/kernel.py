@@ -186,7 +186,7 @@ class Kernel(MCMCKernel):
         )
         with ways_out():
             state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
-        checks.check_start(-state.potential_energy)  # of several chains `init` sees none
+        _check_start(state)  # of several chains `init` sees none
         return state
 
     def sample(self, state, model_args, model_kwargs):
@@ -286,7 +286,7 @@ class Kernel(MCMCKernel):
         if is_single:
             rng_key, start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (rng_key, start))
         state = init_chains(warmup, rng_key, start)
-        checks.check_start(-state.potential_energy)
+        _check_start(state)
         return first_chain(state) if is_single else state
 
     def _bind(self, adapt_state, model_args, model_kwargs):
@@ -345,6 +345,12 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
+
+
+def _check_start(state: KernelState) -> None:
+    """Require a finite log density; NumPyro traces parallel chains, which are warned of."""
+    checks.check_start(-state.potential_energy)
+    checks.check_start_in_trace(-state.potential_energy)
 
 
 def _check_sites_of_start(start: Tree, expected: dict[str, jax.Array]) -> None:

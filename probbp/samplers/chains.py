@@ -124,7 +124,8 @@ def sample(
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
-        OSError: for a disk that is full, in one sentence.
+        OSError: for a disk that is full, and for a folder to which another run writes at this
+            moment, in one sentence.
         TypeError: for integer positions, a log density that is no scalar, and what is no algorithm
             on a log density.
         ValueError: where no finite start is found, for counts that are not positive, chains that
@@ -268,6 +269,10 @@ def sample(
         if folder is None:
             sink = sinks.in_memory(as_arviz, carry[0].position)
         else:
+            if checkpoint is not None:
+                stack.enter_context(checkpoints.only_writer(checkpoint, on))
+            if stream is not None:
+                stack.enter_context(checkpoints.only_writer(stream, on, is_beside=True))
             prints = fingerprint(
                 described,
                 (rng_key, adapt.schedule, position),

@@ -1,6 +1,7 @@
 """Bad input, told at the door in words."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,11 +65,29 @@ def _required_scalar(out: Any) -> Any:
 def check_start(logdensity: jax.Array) -> None:
     """Require a finite log density where a chain starts, unless it is being traced."""
     if not isinstance(logdensity, Tracer) and not np.all(np.isfinite(logdensity)):
-        raise ValueError(
-            f"The log density at the start is {logdensity}: a chain can't leave such a point. "
-            "Start inside the support (for a NumPyro model: initialize_model, or Kernel's "
-            "init_strategy), and look for overflow there."
-        )
+        raise ValueError(_words_of_start(logdensity))
+
+
+def check_start_in_trace(logdensity: jax.Array) -> None:
+    """Warn, when a program runs that is being traced, of a start with no finite log density.
+
+    By a callback, so that this is for hosts which trace a whole run with its start.
+    """
+
+    def warn(logdensity):
+        if not np.all(np.isfinite(logdensity)):
+            warnings.warn(_words_of_start(logdensity), stacklevel=2)
+
+    if isinstance(logdensity, Tracer):
+        jax.debug.callback(warn, logdensity)
+
+
+def _words_of_start(logdensity):
+    return (
+        f"The log density at the start is {logdensity}: a chain can't leave such a point. Start "
+        "inside the support (for a NumPyro model: initialize_model, or Kernel's init_strategy), "
+        "and look for overflow there."
+    )
 
 
 def check_key(logdensity_fn: LogDensity, position: Tree) -> None:

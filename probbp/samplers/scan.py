@@ -58,6 +58,7 @@ def checkpointed_scan(
 
     Raises:
         ImportError: for a checkpoint without Orbax.
+        OSError: for a folder to which another run writes at this moment.
         TypeError: inside of a transformation of JAX.
         ValueError: for counts that are not positive, and a checkpoint that is damaged or another
             loop's.
@@ -107,6 +108,7 @@ def checkpointed_scan(
         stack.enter_context(resumable(checkpoint))
         found = save = None
         if checkpoint is not None:
+            stack.enter_context(checkpoints.only_writer(checkpoint, on))
             settings = {"length": length, "every": every}
             prints = fingerprint(described, init, settings)
             found = checkpoints.newest(checkpoint, prints, like)
