@@ -176,13 +176,12 @@ def _refuse_what_warmup_finds(base, options, metric, on_density):
     given = sorted(found & set(options))
     if not given:
         return
+    start = "initial_step_size of probbp.sample" if on_density else "step_size of Kernel"
     ways = {
-        "step_size": "initial_step_size of probbp.sample and probbp.warmup says where its search "
-        "starts" if on_density else "step_size of Kernel says where its search starts",
+        "step_size": f"{start} says where the search starts",
         "inverse_mass_matrix": "with metric=None it is kept as given",
-    }  # fmt: skip
-    if brings_warmup(base):
-        ways = {}
+    }
+    ways = {} if brings_warmup(base) else ways
     words = "".join(f"; {ways[name]}" for name in given if name in ways)
     raise TypeError(
         f"Warm-up finds {' and '.join(given)} of {_name(base)} and would write over what it is "
