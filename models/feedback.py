@@ -80,7 +80,7 @@ def with_feedback(
         True
         >>> optimiser = nnx.Optimizer(random, optax.adam(1e-3), wrt=nnx.Param)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     check_module("model", model, "For Linen: linen_weights and linen_interceptor.")
     model = nnx.clone(model)
     layers: list[Any] = [
@@ -121,7 +121,7 @@ def linen_weights(rng_key: jax.Array, params: Any) -> dict[str, Any]:
     Returns:
         `params` without anything but kernels, drawn by `feedback.normal`.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     flat = traverse_util.flatten_dict(params)
     kernels = {path: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
     return traverse_util.unflatten_dict(feedback.normal(rng_key, kernels))

@@ -187,7 +187,7 @@ def init(lora: BayesianLora, rng_key: jax.Array) -> dict[str, jax.Array]:
     Returns:
         Arrays under the names of the sites: `w_A` (..., rank, in) and `w_B` (..., out, rank).
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     factors = {}
     keys = jax.random.split(rng_key, len(lora.layouts))
     for (name, layout), key in zip(lora.layouts.items(), keys, strict=True):

@@ -59,7 +59,7 @@ def init(
         >>> params["layers.0.attention.query.kernel"].shape
         (64, 64)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     if (vocabulary is None) == (num_features is None):
         raise ValueError(
             "Give one of vocabulary (the inputs are integers) and num_features (the inputs are "

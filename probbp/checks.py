@@ -1,9 +1,10 @@
-"""What an argument must be: a count, a number in an interval, one of some names, a key.
+"""What an argument must be: a count, a number in an interval, one of some names, a random key.
 
 Python's, NumPy's and JAX's scalars are taken alike. Of a tracer, whose value is not known, only
 the kind is checked.
 """
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -87,16 +88,45 @@ def check_choice(name: str, value: Any, choices: Sequence[str], way_out: str = "
         raise ValueError(_sentence(f"Unknown {name}={_shown(value)}: choose {listed}", way_out))
 
 
-def check_rng_key(rng_key: Any) -> None:
+def check_function(name: str, value: Any, way_out: str = "") -> None:
+    """Require what can be called."""
+    if not callable(value):
+        raise TypeError(_sentence(f"{name} must be a function, got {_shown(value)}", way_out))
+
+
+def check_estimator(estimator: Any) -> None:
+    """Require a function of a function: an estimator, not its name, and not what makes one."""
+    way_out = (
+        "Pass what a function of probbp.estimators returns, such as reverse() or forward(8): call "
+        "the function that makes it."
+    )
+    check_function("estimator", estimator, way_out)
+    name = getattr(estimator, "__qualname__", "")
+    makes_one = name.isidentifier() and not name.startswith("_")
+    if makes_one and estimator.__module__ == "probbp.estimators":
+        raise TypeError(_sentence(f"estimator must be an estimator, got {name}", way_out))
+    try:
+        signature = inspect.signature(estimator)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind(jnp.sum)
+    except TypeError:
+        words = f"estimator must take a function, and {name or estimator} takes {signature}"
+        raise TypeError(_sentence(words, way_out)) from None
+
+
+def check_rng_key(name: str, value: Any) -> None:
     """Require one key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
-    dtype, shape = getattr(rng_key, "dtype", None), getattr(rng_key, "shape", None)
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if is_typed and shape:
+    if not is_typed and dtype != np.uint32:
+        raise TypeError(f"{name} must be a key: pass jax.random.key(0), not {_shown(value)}.")
+    if shape != () if is_typed else shape not in ((2,), (4,)):
         raise TypeError(
-            f"rng_key must be one key, got {shape} of them. Take one, or map over them by jax.vmap."
+            f"{name} must be one key, got an array of {shape}. Take one of them, or map over all "
+            "by jax.vmap."
         )
-    if not is_typed and (dtype != np.uint32 or shape not in ((2,), (4,))):
-        raise TypeError(f"rng_key must be a key: pass jax.random.key(0), not {_shown(rng_key)}.")
 
 
 def _is_real(value: Any) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_choice, check_count
+from probbp.checks import check_choice, check_count, check_estimator
 from probbp.types import Estimator, Tree, ValueAndGrad, keyed, ways_out
 
 
@@ -162,7 +162,7 @@ def averaged(estimator: Estimator, num: int, *, batch_size: int | None = None) -
         >>> estimator = averaged(forward(), num=8)
         >>> value, grad = estimator(jnp.sum)(jax.random.key(0), jnp.ones(3))
     """
-    _check_estimator(estimator)
+    check_estimator(estimator)
     num = check_count("num", num)
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size)
@@ -214,7 +214,7 @@ def control_variate(estimator: Estimator, approximate_grad: Callable[[Tree], Tre
         >>> estimator = control_variate(forward(), lambda x: 2 * x)
         >>> value, grad = estimator(fun)(jax.random.key(0), jnp.ones(3))
     """
-    _check_estimator(estimator)
+    check_estimator(estimator)
     return partial(_controlled, estimator, approximate_grad)
 
 
@@ -255,7 +255,7 @@ def through(transformation: optax.GradientTransformation, estimator: Estimator) 
         >>> grad.tolist()
         [0.5, 0.5, 0.5, 0.5]
     """
-    _check_estimator(estimator)
+    check_estimator(estimator)
     return partial(_transformed, transformation, estimator)
 
 
@@ -273,17 +273,6 @@ def _transformed(
         return value, grad
 
     return transformed_value_and_grad
-
-
-def _check_estimator(estimator):
-    """Require an estimator that was made, not its name and not the function that makes it."""
-    makers = (reverse, forward, averaged, control_variate, through)
-    if not callable(estimator) or estimator in makers:
-        name = getattr(estimator, "__name__", repr(estimator))
-        raise TypeError(
-            f"estimator must be an estimator, got {name}: call the function that makes it, such as "
-            "reverse() or forward(8)."
-        )
 
 
 def _summed(batch_fn: Callable, items: Tree, batch_size: int | None) -> tuple:

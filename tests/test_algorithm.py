@@ -112,6 +112,40 @@ def test_algorithms_pass_for_kernel(algorithm):
 
 
 # ---------------------------------------------------------------------------------------
+# What warm-up finds, given all the same.
+
+FOUND = {
+    "a step size": (probbp.mala, {"step_size": 0.1}, "step_size of probbp.mala"),
+    "a scale": (probbp.fmala, {"inverse_mass_matrix": np.ones(3)}, "inverse_mass_matrix of"),
+    "both": (
+        probbp.pc_line_fmala,
+        {"step_size": 0.1, "inverse_mass_matrix": np.ones(3)},
+        "inverse_mass_matrix and step_size of probbp.pc_line_fmala",
+    ),
+    "BlackJAX's": (blackjax.hmc, {"step_size": 0.1, "num_integration_steps": 3}, "blackjax.hmc"),
+    "the surrogate's": (
+        probbp.surrogate,
+        {"step_size": 0.1, "weights": np.ones(4) / 4},
+        "step_size and weights of probbp.surrogate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_warm_up_would_write_over_is_refused(name):
+    algorithm, options, words = FOUND[name]
+    for on_density in (True, False):
+        args = (logdensity_fn,) if on_density else ()
+        with pytest.raises(TypeError, match=f"{words}.* leave (it|them) out"):
+            check_algorithm(partial(algorithm, *args, **options), "diag", on_density=on_density)
+
+
+def test_a_fixed_scale_is_kept_where_none_is_learned():
+    algorithm = partial(probbp.mala, inverse_mass_matrix=np.ones(3))
+    check_algorithm(algorithm, None, on_density=False)
+
+
+# ---------------------------------------------------------------------------------------
 # What else a run is given.
 
 
@@ -124,8 +158,14 @@ def test_algorithms_pass_for_kernel(algorithm):
         ({"num_samples": jnp.nan}, "num_samples must be a positive integer, got nan"),
         ({"num_chains": True}, "num_chains must be a positive integer, got True"),
         ({"every": 2.5}, "every must be a positive integer, got 2.5"),
-        ({"initial_step_size": "0.1"}, "step_size must be positive and finite, got '0.1'"),
-        ({"initial_step_size": None}, "step_size must be positive and finite, got None"),
+        (
+            {"initial_step_size": "0.1"},
+            "initial_step_size must be a number, .* got '0.1'",
+        ),
+        (
+            {"initial_step_size": None},
+            "initial_step_size must be a number, .* got None",
+        ),
         (
             {"target_acceptance_rate": "0.5"},
             r"acceptance_rate must be a number, in \(0, 1\)",

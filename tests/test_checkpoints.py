@@ -613,6 +613,14 @@ def test_another_familys_weights_are_refused(config, architecture, family, tmp_p
         checkpoints.load(folder, architecture=architecture)
 
 
+def test_an_unknown_family_with_known_tensors_is_warned_of(tmp_path):
+    """As Mistral's are Llama's, but for the window."""
+    folder = write(tmp_path, LLAMA)
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mistral"}))
+    with pytest.warns(UserWarning, match="model_type='mistral', which is none of llama, qwen2.*as"):
+        checkpoints.load(folder)
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "{", "3"])
 def test_a_configuration_that_is_none(text, tmp_path):
     write(tmp_path, BERT)

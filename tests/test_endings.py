@@ -121,6 +121,39 @@ def test_a_loop_says_it_too(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------
+# Two runs at one folder
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "stream"])
+def test_the_second_of_two_runs_at_one_folder_is_told(option, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    second = []
+
+    def run_again():
+        with pytest.raises(BlockingIOError) as caught:
+            draw(**{option: folder})
+        second.append(caught.value.strerror)
+
+    with monkeypatch.context() as patch:
+        at_call(patch, progress, "add", 2, run_again)
+        data = draw(**{option: folder})
+    assert len(second) == 1
+    assert second[0].startswith(f"Another run writes to {folder} at this moment")
+    np.testing.assert_array_equal(data.posterior["x"].values, draw().posterior["x"].values)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "stream"])
+def test_what_a_killed_run_left_of_its_lock_holds_nothing(option, tmp_path):
+    folder = tmp_path / "run"
+    lock = folder / "states.lock" if option == "checkpoint" else tmp_path / "run.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()
+    draw(**{option: folder})
+    assert not lock.exists()
+
+
+# ---------------------------------------------------------------------------------------
 # A full disk, in the words of Python, of TensorStore and of a quota.
 
 FULL = [
@@ -142,7 +175,7 @@ def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
         "stream": f"the same call starts {folder} from scratch; with checkpoint= it would go on.",
     }
     with monkeypatch.context() as patch:
-        at_call(patch, sinks, "of_few_draws", 3, raising(error))
+        at_call(patch, sinks, "variables", 2, raising(error))
         with pytest.raises(OSError, match="No space") as caught:
             draw(**{option: folder})
     assert caught.value.errno == errno.ENOSPC
@@ -156,7 +189,7 @@ def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
 
 def test_other_errors_are_left_alone(tmp_path, monkeypatch):
     error = OSError(errno.EACCES, "Permission denied")
-    at_call(monkeypatch, sinks, "of_few_draws", 3, raising(error))
+    at_call(monkeypatch, sinks, "variables", 2, raising(error))
     with pytest.raises(OSError, match="Permission denied") as caught:
         draw(checkpoint=tmp_path / "run")
     assert caught.value is error

@@ -211,7 +211,7 @@ def test_what_the_surrogate_does_not_fit_is_refused():
     [
         (jnp.zeros(5), r"leading axes \(chain, draw\)"),
         ({"a": jnp.zeros((2, 5)), "b": jnp.zeros((2, 6))}, "the same for all"),
-        (jnp.zeros((2, 5)), "at least 200 draws, got 10"),
+        (jnp.zeros((2, 5)), "draws must hold at least 200, got 10"),
         (jnp.zeros((2, 500), int), "floating-point positions"),
     ],
 )

@@ -124,6 +124,33 @@ def test_parallel_chains():
     assert run.stdout.startswith("(2, 500)")
 
 
+LOST = """
+import numpyro
+numpyro.set_host_device_count(2)
+import jax, jax.numpy as jnp, numpyro.distributions as dist, probbp, sys
+from numpyro.infer import MCMC
+from probbp.numpyro import Kernel
+model = lambda: numpyro.sample("a", dist.Normal(0, 1))
+start = {"a": jnp.array([0.0, float(sys.argv[1])])}
+mcmc = MCMC(Kernel(model, probbp.mala), num_warmup=20, num_samples=20, num_chains=2,
+            chain_method="parallel" if sys.argv[2] == "parallel" else jax.vmap, progress_bar=False)
+mcmc.run(jax.random.key(0), init_params=start)
+jax.block_until_ready(mcmc.get_samples())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain_method", ["parallel", "vmap"])
+@pytest.mark.parametrize("start", ["nan", "0"])
+def test_a_start_that_numpyro_traces_is_warned_of(start, chain_method):
+    """There is nothing to look at before the run, and no error that could stop it."""
+    command = [sys.executable, "-c", LOST, start, chain_method]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    is_told = "UserWarning: The log density at the start is" in run.stderr
+    assert is_told == (start == "nan")
+
+
 IMPORT_ORDER = """
 import arviz as az
 from numpyro.infer import MCMC
@@ -691,7 +718,7 @@ def test_a_potential_needs_a_start_for_each_chain():
 @pytest.mark.parametrize(
     ("estimator", "words"),
     [
-        ("forward", "estimator must be a function, got 'forward'.*estimator=forward"),
+        ("forward", "estimator must be a function, got 'forward'.*such as reverse"),
         (reverse, r"reverse takes \(\).*estimator=forward\(\)"),
         (averaged, "averaged takes .*estimator=forward"),
     ],

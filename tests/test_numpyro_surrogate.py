@@ -164,7 +164,7 @@ def test_no_warm_up_is_refused():
 
 def test_the_report_is_of_the_surrogate_alone():
     mcmc = MCMC(Kernel(conjugate, probbp.fmala), num_warmup=1, num_samples=1, progress_bar=False)
-    with pytest.raises(ValueError, match="surrogate_report reads a run of"):
+    with pytest.raises(ValueError, match="surrogate_report reads a run"):
         surrogate_report(mcmc)
 
 

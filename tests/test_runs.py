@@ -193,7 +193,7 @@ def stop(monkeypatch, where, times):
     ("where", "times"),
     [
         ((checkpoints, "_digest"), 2),  # in warm-up
-        ((sinks, "of_few_draws"), 3),  # neither draws nor state are written
+        ((sinks, "variables"), 2),  # neither draws nor state are written
         ((progress, "add"), 2),  # the draws are written, the state is not
     ],
     ids=["warm-up", "before draws", "between draws and state"],

@@ -46,7 +46,7 @@ def predict(
     Returns:
         Logits (num_samples, batch, ...), and (1, batch, ...) for the mean.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples, 0)
     if num_samples == 0:
         logits = lora.apply(base, _factors(lora, params), *inputs)

@@ -2,13 +2,14 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from probbp.checks import check_count, check_number
 
-# What a configuration calls the families; others, whose tensors may fit, are let be.
+# What a configuration calls the families.
 _FAMILIES = {
     "llama": ("Llama",),
     "qwen2": ("Qwen2",),
@@ -38,8 +39,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], family: str) -> None:
-    """Require a configuration of this family, with sizes that are integers."""
-    families = _FAMILIES.get(config.get("model_type") or "", (family,))
+    """Require a configuration of this family, with sizes that are integers.
+
+    Warns:
+        UserWarning: for a `model_type` that is none of ours, whose tensors may fit all the same.
+    """
+    model_type = config.get("model_type")
+    families = _FAMILIES.get(model_type or "", (family,))
+    if model_type and model_type not in _FAMILIES:
+        warnings.warn(
+            f"config.json has model_type={model_type!r}, which is none of {', '.join(_FAMILIES)}: "
+            f"it is computed as {family}, whatever else its authors' code does with such tensors. "
+            "Compare logits with theirs before you use it, or remove model_type from config.json.",
+            stacklevel=3,
+        )
     if family not in families:
         raise ValueError(
             f"The checkpoint has model_type={config['model_type']!r}, and {family} computes "

@@ -92,7 +92,7 @@ def train(
         >>> bool(trained.losses[-20:].mean() < trained.losses[:20].mean())
         True
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     batch_size = check_count("batch_size", batch_size)
     check_choice("prediction", prediction, get_args(sdo.Prediction))
@@ -212,7 +212,7 @@ def tune(
         >>> tuned.losses.shape
         (2,)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     batch_size = check_count("batch_size", batch_size)
     check_choice("prediction", prediction, get_args(sdo.Prediction))

@@ -179,7 +179,7 @@ def grow(
     """
     from probbp.models.growth import files  # which knows the state
 
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     max_sets, max_tries = check_count("max_sets", max_sets, 0), check_count("max_tries", max_tries)
     patience, max_epochs = check_count("patience", patience), check_count("max_epochs", max_epochs)
     check_number("min_improvement", min_improvement, "[0, inf)")

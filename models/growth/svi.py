@@ -117,7 +117,7 @@ def from_svi(
         >>> Predictive(grown, posterior_samples=draws)(jax.random.key(4), x[:7])["y"].shape
         (5, 7)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     check_number("prior_scale", prior_scale, "(0, inf)")
     epoch_steps = check_count("epoch_steps", epoch_steps)
     num_particles = check_count("num_particles", num_particles)

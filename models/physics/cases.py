@@ -74,10 +74,10 @@ def simulate(
         >>> records.x.shape, records.c.shape, records.y.shape
         ((5, 64), (5, 1), (5, 1))
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_records = check_count("num_records", num_records)
     if unknown := sorted(set(factors or {}) - set(case.factors)):
-        raise ValueError(f"factors has {unknown}, but those of the case are {list(case.factors)}.")
+        raise ValueError(f"factors has {unknown}, but must be of {list(case.factors)}.")
     key_factors, key_x, key_c, key_y = jax.random.split(rng_key, 4)
     keys = jax.random.split(key_factors, len(case.factors))
     values = {

@@ -132,7 +132,7 @@ def pareto_k(
     Reference:
         Yao, Vehtari, Simpson & Gelman, 2018, arXiv:1802.02538.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     options = {"known": known, "heads": False}
 

@@ -49,7 +49,7 @@ def predict(
     Returns:
         Sites, with the draws on their first axis and the records on the second.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     key_guide, key_model = jax.random.split(rng_key)
     draws = Predictive(vae.guide, params=dict(params), num_samples=num_samples)(key_guide, x)

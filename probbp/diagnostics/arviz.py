@@ -4,7 +4,6 @@ ArviZ 0.23 holds an `InferenceData`, ArviZ 1 an `xarray.DataTree`; their `from_d
 arguments under one name. This adapter serves both.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +12,9 @@ import arviz
 import jax
 import numpy as np
 
+from probbp.checks import check_function
 from probbp.diagnostics.labels import (
+    SAMPLE_DIMS,
     check_all_there,
     check_slashes,
     checked_coords,
@@ -77,7 +78,10 @@ def from_blackjax(
     """
     positions = getattr(states, "position", states)
     posterior_positions = positions
+    if not isinstance(sample_stats, Mapping | None):
+        raise TypeError(f"sample_stats must map names to arrays, got {sample_stats!r}.")
     if postprocess_fn is not None:
+        check_function("postprocess_fn", postprocess_fn, "Pass one that maps a position to a tree.")
         # One draw after the other, as in NumPyro: XLA's CPU backend may lock up for good where two
         # triangular solves with thousands of matrices each wait for the same few threads.
         postprocess = jax.vmap(partial(jax.lax.map, postprocess_fn))
@@ -97,15 +101,17 @@ def from_blackjax(
     )
     if not posterior:
         raise ValueError(
-            "There is no variable to name: give positions, and let postprocess_fn return a tree "
-            "with at least one array."
+            "There is no variable to name: states must hold positions, and postprocess_fn return a "
+            "tree with at least one array."
         )
     shape = next(iter(posterior.values())).shape[:2]
+    whose = dict.fromkeys(statistics, "sample_stats or infos") | dict.fromkeys(posterior, "states")
     for name, value in {**posterior, **statistics}.items():
         if value.ndim < 2 or value.shape[:2] != shape:
             raise ValueError(
-                f"{name!r} has shape {value.shape}, but needs leading axes (chain, draw) = {shape}."
-                " Stack the chains with jax.vmap; give a single chain a first axis of one."
+                f"{name!r} of {whose[name]} has shape {value.shape}, but needs leading axes "
+                f"(chain, draw) = {shape}. Stack the chains with jax.vmap; give a single chain a "
+                "first axis of one."
             )
     groups: dict[str, Any] = {"posterior": posterior, "sample_stats": statistics}
     return _converted({k: v for k, v in groups.items() if v}, coords, dims)
@@ -118,14 +124,28 @@ def _converted(groups, coords, dims):
     is_tree = int(arviz.__version__.split(".")[0]) >= 1
     if is_tree:
         check_slashes(dims, groups)
-    with warnings.catch_warnings():  # ArviZ takes many short chains for a mistake in the axes
-        warnings.filterwarnings("ignore", "More chains|Found chain dimension")
-        if is_tree:
-            data = arviz.from_dict(groups, coords=coords, dims=dims)
-        else:
-            data = arviz.from_dict(**groups, coords=coords, dims=dims)
+        # Else it takes many short chains for a mistake in the axes, and warns.
+        data = arviz.from_dict(groups, coords=coords, dims=dims, check_conventions=False)
+    else:
+        datasets = {k: _dataset(variables, coords, dims) for k, variables in groups.items()}
+        data = arviz.InferenceData(**datasets)
     check_all_there(data, groups)
     return data
+
+
+def _dataset(variables, coords, dims):
+    """Return what ArviZ 0.23's `from_dict` makes of a group.
+
+    That takes many short chains for a mistake in the axes, and warns; with all dimensions named
+    there is nothing to mistake. To silence it would not be safe with several threads.
+    """
+    named = {}
+    for name, value in variables.items():
+        given = dims.get(name, [])
+        given = [*given, *[None] * (value.ndim - 2 - len(given))]
+        rest = [f"{name}_dim_{i}" if dim is None else dim for i, dim in enumerate(given)]
+        named[name] = [*SAMPLE_DIMS, *rest]
+    return arviz.dict_to_dataset(variables, coords=coords, dims=named, default_dims=[])
 
 
 def _known_to_numpy(value: np.ndarray) -> np.ndarray:

@@ -46,9 +46,16 @@ def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQualit
         raise ImportError(
             "plot_gradient_quality draws with Matplotlib: pip install 'probbp[examples]'."
         ) from error
-    is_one = isinstance(quality, GradientQuality)
-    if not is_one and not quality:
-        raise ValueError("There is no result to draw: give at least one of gradient_quality.")
+    results = {"": quality} if isinstance(quality, GradientQuality) else quality
+    if not isinstance(results, Mapping) or not all(
+        isinstance(result, GradientQuality) for result in results.values()
+    ):
+        raise TypeError(
+            "quality must be a result of gradient_quality, or results by the name of the "
+            f"estimator, got {quality!r}."
+        )
+    if not results:
+        raise ValueError("quality must hold at least one result of gradient_quality.")
     if ax is None:
         height = 1.3 + 0.34 * len(quality.rows()) if isinstance(quality, GradientQuality) else 4.5
         _, ax = plt.subplots(figsize=(6.8, height), layout="constrained")

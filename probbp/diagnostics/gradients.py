@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_count, check_estimator, check_function, check_rng_key
 from probbp.diagnostics.names import leaf_names
 from probbp.diagnostics.quality import GradientQuality, LeafQuality
 from probbp.types import Estimator, Tree, ValueAndGrad, ways_out
@@ -79,10 +79,15 @@ def gradient_quality(
         >>> bool(abs(error) < 4 * quality.overall.relative_variance_error)
         True
     """
-    check_rng_key(rng_key)
-    _require_counts(num_keys, batch_size)
-    params = jax.tree.map(jnp.asarray, params)
+    check_rng_key("rng_key", rng_key)
+    check_estimator(estimator)
+    check_function("fun", fun, "Pass one that maps params to a scalar.")
+    if reference is not None:
+        check_function("reference", reference, "Pass `fun` with the original operations.")
+    num_keys = check_count("num_keys", num_keys, 2)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     names = _names(params)
+    params = jax.tree.map(jnp.asarray, params)
     value_and_grad = estimator(fun, has_aux=True) if has_aux else estimator(fun)
     mode, compiled = _exact(reference or fun, has_aux, params)
     value, exact = compiled(params)
@@ -328,21 +333,15 @@ def _names(params: Tree) -> list[str]:
     """Name the leaves by their paths, and see that they are floating point."""
     names = leaf_names(params)
     for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"Gradients are compared on floating-point leaves, but {name!r} has dtype "
-                f"{leaf.dtype}: cast it, or close over it."
+                f"Gradients are compared on floating-point params, but {name!r} has dtype {dtype}: "
+                "cast it, or close over it."
             )
-    if not sum(leaf.size for leaf in jax.tree.leaves(params)):
+    if not sum(np.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("params has no entries: give a tree with at least one array.")
     return names
-
-
-def _require_counts(num_keys: int, batch_size: int | None) -> None:
-    if num_keys < 2:
-        raise ValueError(f"gradient_quality needs at least two keys, got num_keys={num_keys}.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"A batch has at least one key, got batch_size={batch_size}.")
 
 
 def _require_finite(is_finite: np.ndarray, names: list[str]) -> None:

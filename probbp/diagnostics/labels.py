@@ -4,7 +4,7 @@ ArviZ drops a variable with the name of a dimension, fills up with NaN where two
 dimension two lengths, and takes tuples in some places only. All of it raises an error here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ def checked_dims(
         raise TypeError(f"dims must map names of variables to lists of dimensions, got {dims!r}.")
     lists = {}
     for name, given in (dims or {}).items():
-        names = [given] if isinstance(given, str) else list(() if given is None else given)
+        names = [given] if isinstance(given, str) else () if given is None else given
+        names = list(names) if isinstance(names, Iterable) else [names]
         if not all(isinstance(dim, str | None) for dim in names):
             raise TypeError(f"dims[{name!r}] must be a list of texts, got {given!r}.")
         if tuple(names[:2]) == SAMPLE_DIMS:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from probbp.diagnostics.sbc import RankStatistics, scalars, uniformity
+from probbp.checks import check_count
+from probbp.diagnostics.sbc import RankStatistics, check_result, scalars, uniformity
 
 
 def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
@@ -36,16 +37,14 @@ def plot_ranks(result: RankStatistics, *, num_bins: int | None = None) -> Any:
     """
     # ArviZ 0.23 and 1 have no plot of ranks of one truth each in common (`plot_ecdf(pit=True)`
     # became `plot_ecdf_pit`, with other arguments and another result), hence plain Matplotlib.
+    check_result(result)
     num_simulations = len(next(iter(result.ranks.values())))
     num_ranks = result.num_draws + 1
     if num_bins is None:
         most = min(num_ranks, max(5, min(20, num_simulations // 10)))
         even = [n for n in range(-(-most // 2), most + 1) if num_ranks % n == 0]
         num_bins = max(even, default=most)
-    if not 1 <= num_bins <= num_ranks:
-        raise ValueError(
-            f"num_bins must lie between 1 and num_draws + 1 = {num_ranks}, got {num_bins}."
-        )
+    num_bins = check_count("num_bins", num_bins, 1, num_ranks, "The most is num_draws + 1.")
     try:
         from matplotlib import pyplot as plt
     except ImportError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from tqdm.auto import tqdm
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_count, check_function, check_rng_key
 from probbp.diagnostics.names import leaf_names
 from probbp.types import Tree
 
@@ -125,10 +125,13 @@ def simulation_based_calibration(
         Talts et al., 2018, arXiv:1804.06788; Modrak et al., 2023, arXiv:2211.02383 (quantities that
         depend on data).
     """
-    check_rng_key(rng_key)
-    for name, count in {"num_simulations": num_simulations, "batch_size": batch_size or 1}.items():
-        if count < 1 or count != int(count):
-            raise ValueError(f"{name} must be a positive integer, got {count}.")
+    check_rng_key("rng_key", rng_key)
+    num_simulations = check_count("num_simulations", num_simulations)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+    check_function("simulate", simulate, "Pass rng_key -> (params, data), as numpyro_simulator's.")
+    check_function("infer", infer, "Pass (rng_key, data) -> draws.")
+    if quantities is not None:
+        check_function("quantities", quantities, "Pass (params, data) -> {name: array}.")
 
     further = quantities or (lambda params, data: {})
 
@@ -203,6 +206,7 @@ def uniformity(result: RankStatistics) -> tuple[dict[str, np.ndarray], float]:
         Säilynoja, Bürkner & Vehtari, 2022, arXiv:2103.10522 (the test); Moscovich & Nadler, 2017,
         arXiv:1503.04363 (Poisson recursion for boundary crossing).
     """
+    check_result(result)
     num_ranks = result.num_draws + 1
     num_simulations = len(next(iter(result.ranks.values())))
     thresholds = np.linspace(1, num_ranks - 1, min(num_ranks - 1, NUM_THRESHOLDS))
@@ -261,14 +265,18 @@ def numpyro_simulator(
     """
     from numpyro import handlers
 
-    names = (data,) if isinstance(data, str) else tuple(data)
+    check_function("model", model, "Pass a NumPyro model.")
+    names = (data,) if isinstance(data, str) else data
+    if not (isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"data must be the name of a site, or a tuple of names, got {data!r}.")
 
     def simulate(rng_key):
         trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
         sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
         if unknown := set(names) - set(sites):
             raise ValueError(
-                f"data names {sorted(unknown)}, but the model samples {sorted(sites)} only."
+                f"data names {sorted(unknown)}, but the model samples {sorted(sites)} only: choose "
+                "among these."
             )
         if observed := [name for name, site in sites.items() if site["is_observed"]]:
             raise ValueError(
@@ -343,6 +351,15 @@ def _check_draws(params: Tree, draws: Tree) -> int:
 def _named(tree: Tree) -> dict[str, jax.Array]:
     """Name the leaves of a pytree by their paths."""
     return dict(zip(leaf_names(tree), map(jnp.asarray, jax.tree.leaves(tree)), strict=True))
+
+
+def check_result(result: Any) -> None:
+    """Require ranks, and not draws."""
+    if not isinstance(result, RankStatistics):
+        raise TypeError(
+            "result must be the RankStatistics that simulation_based_calibration returns, got an "
+            f"object of type {type(result).__name__}."
+        )
 
 
 def scalars(ranks: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

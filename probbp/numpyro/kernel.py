@@ -13,13 +13,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 from numpyro.util import identity, is_prng_key
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_count, check_function, check_number, check_rng_key
 from probbp.numpyro.calls import Plates, handed, inspect_model
 from probbp.numpyro.pooled import first_chain, init_chains, of_one_chain, step_chains
 from probbp.numpyro.rows import check_rows, draw_rows, over_all_rows, with_gradient_of_rows
 from probbp.numpyro.state import KernelState
 from probbp.samplers import checks
-from probbp.samplers.adaptation import Metric, adaptation, parameters
+from probbp.samplers.adaptation import Metric, adaptation, check_metric, parameters
 from probbp.samplers.algorithm import (
     brings_warmup,
     check_algorithm,
@@ -97,7 +97,17 @@ class Kernel(MCMCKernel):
             raise ValueError("Give Kernel either a model or a potential_fn.")
         if algorithm is None:
             raise ValueError("Give Kernel an algorithm, such as probbp.pc_line_fmala.")
+        if potential_fn is None:
+            check_function("model", model, "Pass a NumPyro model.")
+        else:
+            check_function("potential_fn", potential_fn, "Pass minus a log density.")
         check_algorithm(algorithm, metric, on_density=False)
+        checks.check_step_size(step_size)
+        check_metric(metric)
+        if target_accept_prob is not None:
+            check_number("target_accept_prob", target_accept_prob, "(0, 1)")
+        batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+        check_function("init_strategy", init_strategy, "Pass one of numpyro.infer, or of yours.")
         if brings_warmup(algorithm):
             _refuse_beside_own_warmup(step_size, target_accept_prob, metric)
         if target_accept_prob is None:
@@ -177,7 +187,7 @@ class Kernel(MCMCKernel):
         )
         with ways_out():
             state = (init_chain if is_single else jax.vmap(init_chain))(rng_key, start)
-        checks.check_start(-state.potential_energy)  # of several chains `init` sees none
+        _check_start(state)  # of several chains `init` sees none
         return state
 
     def sample(self, state, model_args, model_kwargs):
@@ -277,7 +287,7 @@ class Kernel(MCMCKernel):
         if is_single:
             rng_key, start = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (rng_key, start))
         state = init_chains(warmup, rng_key, start)
-        checks.check_start(-state.potential_energy)
+        _check_start(state)
         return first_chain(state) if is_single else state
 
     def _bind(self, adapt_state, model_args, model_kwargs):
@@ -336,6 +346,12 @@ class Kernel(MCMCKernel):
             "_potential_fn_gen": None,
             "_postprocess_fn": None,
         }
+
+
+def _check_start(state: KernelState) -> None:
+    """Require a finite log density; NumPyro traces parallel chains, which are warned of."""
+    checks.check_start(-state.potential_energy)
+    checks.check_start_in_trace(-state.potential_energy)
 
 
 def _check_sites_of_start(start: Tree, expected: dict[str, jax.Array]) -> None:

@@ -35,7 +35,7 @@ from jax.lax import stop_gradient
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import initialize_model
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_count, check_estimator, check_function, check_rng_key
 from probbp.numpyro.calls import Rows, handed, inspect_model
 from probbp.numpyro.rows import (
     KeyedLogDensity,
@@ -150,11 +150,18 @@ def subsampled(
         Welling & Teh, 2011 (stochastic gradient Langevin dynamics); Baker et al., 2019,
         arXiv:1706.05439 (control variates: `blackjax.sgmcmc.gradients.control_variates`).
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     if estimator is not None:
-        checks.check_estimator(estimator)
+        check_estimator(estimator)
+    check_function("model", model, "Pass a NumPyro model.")
+    check_function("init_strategy", init_strategy, "Pass one of numpyro.infer, or of yours.")
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     key_trace, key_rows, key_init, key_all = jax.random.split(rng_key, 4)
     model_kwargs = {} if model_kwargs is None else model_kwargs
+    if not isinstance(model_args, tuple | list):
+        raise TypeError(f"model_args must be a tuple, got {model_args!r}.")
+    if not isinstance(model_kwargs, dict):
+        raise TypeError(f"model_kwargs must be a dictionary, got {model_kwargs!r}.")
     plates, draws_keys = inspect_model(model, key_trace, model_args, model_kwargs, init_strategy)
     if not plates:
         raise ValueError(

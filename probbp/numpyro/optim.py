@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import _NumPyroOptim
 
-from probbp.checks import check_rng_key
-from probbp.samplers import checks
+from probbp.checks import check_estimator, check_function, check_rng_key
 from probbp.types import Estimator, Tree, ways_out
 
 
@@ -77,12 +76,14 @@ class Optim(_NumPyroOptim):
     ):
         if not isinstance(transformation, optax.GradientTransformation):
             raise TypeError(
-                f"Optim needs an Optax transformation such as optax.adam(1e-2), not "
-                f"{type(transformation).__name__}."
+                f"transformation must be one of Optax's, such as optax.adam(1e-2), got an "
+                f"object of type {type(transformation).__name__}."
             )
-        checks.check_estimator(estimator)
+        check_estimator(estimator)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        check_rng_key(rng_key)
+        check_rng_key("rng_key", rng_key)
+        if extra_args is not None:
+            check_function("extra_args", extra_args, "Pass mutable state -> keyword arguments.")
         transformation = optax.with_extra_args_support(transformation)
 
         def init_fn(params):

@@ -47,9 +47,12 @@ def surrogate_report(mcmc: MCMC) -> dict[str, float]:
         >>> surrogate_report(mcmc)["num_warmup_evaluations"]
         2004
     """
-    rest = getattr(mcmc.last_state, "adapt_state", None)
+    rest = getattr(getattr(mcmc, "last_state", None), "adapt_state", None)
     if not isinstance(rest, pooled.Rest):
-        raise ValueError("surrogate_report reads a run of Kernel(model, probbp.surrogate).")
+        raise ValueError(
+            "surrogate_report reads a run: mcmc must be an MCMC(Kernel(model, probbp.surrogate)), "
+            "after its run."
+        )
     rest = jax.device_get(rest)
     pooled.check(rest)
     log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]

@@ -3,12 +3,14 @@
 No code is stored and none is executed: arrays go through TensorStore, the rest through JSON.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,12 @@ import numpy as np
 from probbp.runs.devices import Devices
 from probbp.runs.fingerprints import ORDER, hash_array, same_run
 from probbp.types import Tree
+
+if sys.platform != "win32":
+    import fcntl
+
+LOCK = ".lock"
+"""What the name of a lock ends with."""
 
 STATES = "states"
 """The folder of the states, in the folder of a run."""
@@ -111,6 +119,58 @@ def newest(
             f"{type(error).__name__}: {str(error)[:200]}. Remove the folder to start from scratch."
         ) from error
     return None
+
+
+@contextmanager
+def only_writer(
+    folder: str | os.PathLike[str], on: Devices, is_beside: bool = False
+) -> Iterator[None]:
+    """Hold a folder for this run alone, as long as the process lives and the context lasts.
+
+    By a lock on a file, which the system takes back from a process that is killed. The file is
+    removed at the end; one that a killed process left behind holds nothing. Windows has no such
+    locks, and nothing is held there.
+
+    Args:
+        folder: of the run.
+        on: the devices; one process writes.
+        is_beside: whether the file lies beside the folder, which may not be there yet, or in it.
+
+    Raises:
+        BlockingIOError: where another run has it.
+    """
+    if sys.platform == "win32" or not on.writes:
+        yield
+        return
+    path = Path(f"{os.path.realpath(folder)}{LOCK}" if is_beside else Path(folder, STATES + LOCK))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _locked(path)
+    if file is None:
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            f"Another run writes to {folder} at this moment. Wait until it ends and make the same "
+            "call again, or name a folder of its own",
+        )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(path):
+    """Return the open file, locked, or `None` where another holds it."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        # Whoever held it may have removed it since: then another file has its name.
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
 
 
 @contextmanager

@@ -85,13 +85,17 @@ def opened(
 
     Raises:
         ImportError: for a checkpoint without Orbax.
+        OSError: for a folder to which another run writes at this moment, and for a full disk.
         ValueError: for a checkpoint that is damaged or another run's.
     """
     on = devices(None, 1) if on is None else on
     with ExitStack() as stack:
         stack.enter_context(resumable(checkpoint, stream))
         found = save = None
+        if stream is not None:
+            stack.enter_context(checkpoints.only_writer(stream, on, is_beside=True))
         if checkpoint is not None:
+            stack.enter_context(checkpoints.only_writer(checkpoint, on))
             ours = prints()
             found = checkpoints.newest(checkpoint, ours, like, others)
             save = stack.enter_context(checkpoints.saver(checkpoint, ours, found, on))

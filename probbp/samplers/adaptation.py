@@ -24,6 +24,8 @@ from probbp.samplers.algorithm import check_algorithm
 from probbp.samplers.algorithm import target_acceptance_rate as best_acceptance_rate
 from probbp.types import Tree
 
+_RECIPES = {"diag": "welford_diag", "dense": "welford_dense", "low_rank": "sample_cov_low_rank"}
+
 Metric = Literal["diag", "dense", "low_rank"] | MetricRecipe | None
 
 
@@ -84,7 +86,8 @@ def adaptation(
         ValueError: for an unknown metric, one that consumes gradients (ours are estimates), a
             target outside (0, 1), or a negative number of steps.
     """
-    checks.check_step_size(initial_step_size)
+    check_number("initial_step_size", initial_step_size, "(0, inf)")
+    check_metric(metric)
     check_number("target_acceptance_rate", target_acceptance_rate, "(0, 1)")
     num_steps = check_count("num_steps", num_steps, 0)
     step_init, step_update, step_final = dual_averaging_adaptation(target_acceptance_rate)
@@ -171,8 +174,9 @@ def warmup(
         >>> state, parameters = probbp.warmup(jax.random.key(0), algorithm, jnp.zeros(3), 200)
         >>> sampler = algorithm(**parameters)
     """
+    check_rng_key("rng_key", rng_key)
     check_algorithm(algorithm, metric, on_density=True)
-    check_rng_key(rng_key)
+    checks.check_position(position)
     if target_acceptance_rate is None:
         target_acceptance_rate = best_acceptance_rate(algorithm)
     adapt = adaptation(
@@ -211,24 +215,27 @@ def parameters(state: AdaptationState) -> dict[str, Any]:
     return learnt
 
 
-def _recipe(metric: str | MetricRecipe, num_params: int) -> MetricRecipe:
-    """Look a metric up, and fit its rank to the position."""
-    names = {"diag": "welford_diag", "dense": "welford_dense", "low_rank": "sample_cov_low_rank"}
+def check_metric(metric: Metric) -> None:
+    """Require a known name, a recipe that needs positions only, or `None`."""
+    if metric is None:
+        return
     if isinstance(metric, str):
-        check_choice("metric", metric, tuple(names))
-        recipe = lookup_recipe(names[metric])
-    elif isinstance(metric, MetricRecipe):
-        recipe = metric
-    else:
+        check_choice("metric", metric, tuple(_RECIPES))
+    elif not isinstance(metric, MetricRecipe):
         raise TypeError(
-            f"metric must be {', '.join(map(repr, names))}, a MetricRecipe of BlackJAX or None, "
+            f"metric must be {', '.join(map(repr, _RECIPES))}, a MetricRecipe of BlackJAX or None, "
             f"got {metric!r}. (A fixed matrix is given to the algorithm itself, with metric=None.)"
         )
-    if "gradients" in recipe.needs:
+    elif "gradients" in metric.needs:
         raise ValueError(
-            "This metric recipe takes gradients at their word, and ours are estimates: choose one "
-            "that needs positions only ('diag', 'dense' or 'low_rank')."
+            "This metric recipe takes gradients at their word, and ours are estimates: choose a "
+            "metric that needs positions only ('diag', 'dense' or 'low_rank')."
         )
+
+
+def _recipe(metric: str | MetricRecipe, num_params: int) -> MetricRecipe:
+    """Look a metric up, and fit its rank to the position."""
+    recipe = lookup_recipe(_RECIPES[metric]) if isinstance(metric, str) else metric
     if recipe.max_rank is not None and recipe.max_rank > num_params:
         recipe = dataclasses.replace(recipe, max_rank=num_params)
     return recipe

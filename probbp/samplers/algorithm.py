@@ -13,6 +13,9 @@ from blackjax.base import SamplingAlgorithm
 
 from probbp.types import Tree
 
+LEARNS = "step_size", "inverse_mass_matrix"
+"""Options of an algorithm that warm-up finds, unless it brings a warm-up of its own."""
+
 
 class Warmup(NamedTuple):
     """The warm-up that an algorithm brings, of all chains together.
@@ -51,11 +54,13 @@ class Algorithm(GenerateSamplingAPI):
     `functools.partial(algorithm, **options)` both work.
 
     One that needs more than a step size and a scale brings its own warm-up,
-    `(logdensity_fn, num_steps, in_chunks, batch_size, **options) -> Warmup`.
+    `(logdensity_fn, num_steps, in_chunks, batch_size, **options) -> Warmup`, and says by `learns`
+    which of its options that finds.
     """
 
     target_acceptance_rate: Callable[..., float]
     warmup: Callable[..., Warmup] | None = None
+    learns: tuple[str, ...] = LEARNS
 
     def __post_init__(self) -> None:
         """Show the docstring of the algorithm, not of this class."""
@@ -132,6 +137,7 @@ def check_algorithm(algorithm: Any, metric: Any, *, on_density: bool) -> None:
             f"algorithm must be one of probbp's or BlackJAX's, got {_name(base)}: pass {wanted}."
             f"{way}"
         )
+    _refuse_what_warmup_finds(base, options, metric, on_density)
     if brings_warmup(base):
         return
     try:
@@ -160,6 +166,27 @@ def check_algorithm(algorithm: Any, metric: Any, *, on_density: bool) -> None:
         else:
             way = f"pass {wanted}, with all its arguments but those that warm-up finds"
         raise TypeError(f"algorithm {_name(base)}: {error}; {way}.") from None
+
+
+def _refuse_what_warmup_finds(base, options, metric, on_density):
+    """Raise for a parameter that warm-up would write over without a word."""
+    found = set(getattr(base, "learns", LEARNS))
+    if metric is None:
+        found.discard("inverse_mass_matrix")
+    given = sorted(found & set(options))
+    if not given:
+        return
+    start = "initial_step_size of probbp.sample" if on_density else "step_size of Kernel"
+    ways = {
+        "step_size": f"{start} says where the search starts",
+        "inverse_mass_matrix": "with metric=None it is kept as given",
+    }
+    ways = {} if brings_warmup(base) else ways
+    words = "".join(f"; {ways[name]}" for name in given if name in ways)
+    raise TypeError(
+        f"Warm-up finds {' and '.join(given)} of {_name(base)} and would write over what it is "
+        f"given: leave {'it' if len(given) == 1 else 'them'} out of the functools.partial{words}."
+    )
 
 
 def brings_warmup(algorithm: Callable) -> bool:

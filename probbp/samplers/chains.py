@@ -112,7 +112,8 @@ def sample(
 
     Raises:
         ImportError: for `checkpoint` or `stream` without the packages of the extra `runs`.
-        OSError: for a disk that is full, in one sentence.
+        OSError: for a disk that is full, and for a folder to which another run writes at this
+            moment, in one sentence.
         TypeError: for integer positions, a log density that is no scalar, and what is no algorithm
             on a log density.
         ValueError: where no finite start is found, for counts that are not positive, chains that
@@ -134,7 +135,7 @@ def sample(
         >>> data.posterior["a"].shape
         (4, 50, 2)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)

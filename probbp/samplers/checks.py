@@ -1,7 +1,7 @@
 """Bad input, told at the door in words."""
 
-import inspect
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +12,22 @@ from jax.core import Tracer
 
 from probbp.types import LogDensity, Tree, keyed
 
+A_LOG_DENSITY = "Pass one that maps a position to a scalar."
 
-def check_position(position: Tree) -> None:
+
+def check_position(position: Tree, name: str = "position") -> None:
     """Require floating-point leaves, and at least one."""
     leaves = jax.tree_util.tree_leaves_with_path(position)
-    if not sum(jnp.size(leaf) for _, leaf in leaves):
+    if not sum(np.size(leaf) for _, leaf in leaves):
         raise ValueError(
-            "The position holds no parameter to sample: give it at least one floating-point array."
+            f"The {name} holds no parameter to sample: give it at least one floating-point array."
         )
     for path, leaf in leaves:
-        dtype = jnp.result_type(leaf)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"Langevin moves need floating-point positions, but "
-                f"position{jax.tree_util.keystr(path)} has dtype {dtype}. Cast it "
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}. Cast it "
                 "(`x.astype(float)`), or sum a discrete variable out of the log density."
             )
 
@@ -63,11 +65,29 @@ def _required_scalar(out: Any) -> Any:
 def check_start(logdensity: jax.Array) -> None:
     """Require a finite log density where a chain starts, unless it is being traced."""
     if not isinstance(logdensity, Tracer) and not np.all(np.isfinite(logdensity)):
-        raise ValueError(
-            f"The log density at the start is {logdensity}: a chain can't leave such a point. "
-            "Start inside the support (for a NumPyro model: initialize_model, or Kernel's "
-            "init_strategy), and look for overflow there."
-        )
+        raise ValueError(_words_of_start(logdensity))
+
+
+def check_start_in_trace(logdensity: jax.Array) -> None:
+    """Warn, when a program runs that is being traced, of a start with no finite log density.
+
+    By a callback, so that this is for hosts which trace a whole run with its start.
+    """
+
+    def warn(logdensity):
+        if not np.all(np.isfinite(logdensity)):
+            warnings.warn(_words_of_start(logdensity), stacklevel=2)
+
+    if isinstance(logdensity, Tracer):
+        jax.debug.callback(warn, logdensity)
+
+
+def _words_of_start(logdensity):
+    return (
+        f"The log density at the start is {logdensity}: a chain can't leave such a point. Start "
+        "inside the support (for a NumPyro model: initialize_model, or Kernel's init_strategy), "
+        "and look for overflow there."
+    )
 
 
 def check_key(logdensity_fn: LogDensity, position: Tree) -> None:
@@ -96,24 +116,6 @@ def check_step_size(step_size: float | jax.Array) -> None:
             )
 
 
-def check_estimator(estimator: Any) -> None:
-    """Require a function of a function: an estimator, not its name, and not what makes one."""
-    way_out = "Pass what a function of probbp.estimators returns, such as estimator=forward()."
-    if not callable(estimator):
-        raise TypeError(f"estimator must be a function, got {estimator!r}. {way_out}")
-    try:
-        signature = inspect.signature(estimator)
-    except (TypeError, ValueError):  # a builtin without a signature
-        return
-    try:
-        signature.bind(jax.numpy.sum)
-    except TypeError:
-        raise TypeError(
-            f"estimator must take a function, and {getattr(estimator, '__name__', estimator)} "
-            f"takes {signature}. {way_out}"
-        ) from None
-
-
 def check_folder(name: str, folder: str | os.PathLike[str] | None) -> None:
     """Require the name of a folder, or none."""
     if folder is not None and not (isinstance(folder, str | os.PathLike) and os.fspath(folder)):
@@ -126,14 +128,6 @@ def is_real(value: object) -> bool:
     """Whether a value, or all of an array, is real and a number, neither truth nor text."""
     dtype = np.asarray(value).dtype
     return jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)
-
-
-def check_floor(floor: float) -> None:
-    """Require a floor that is not negative."""
-    if not floor >= 0:
-        raise ValueError(
-            f"floor must not be negative, got {floor}; 0 takes the curvature as it is."
-        )
 
 
 def check_num_keys(num_chains: int, num_steps: int) -> None:

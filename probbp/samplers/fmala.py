@@ -16,7 +16,7 @@ from blackjax.mcmc.mala import MALAState
 from blackjax.mcmc.metrics import default_metric
 from blackjax.util import generate_unit_vector
 
-from probbp.checks import check_choice, check_rng_key
+from probbp.checks import check_choice, check_function, check_number, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
@@ -55,7 +55,7 @@ def init(
         ValueError: for a log density that is not finite at the position.
     """
     if rng_key is not None:
-        check_rng_key(rng_key)
+        check_rng_key("rng_key", rng_key)
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
     rng_key = key_of(position) if rng_key is None else rng_key
@@ -133,6 +133,7 @@ def top_level_api(
     build: Callable, logdensity_fn: LogDensity, step_size: float, metric: Any, **options
 ) -> SamplingAlgorithm:
     """Bind a kernel of the family to a log density, a step size, a scale and its options."""
+    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
     checks.check_step_size(step_size)
     metric = None if metric is None else default_metric(metric)
     return build_sampling_algorithm(
@@ -187,6 +188,7 @@ def as_top_level_api(
         Cobb & Jha, 2025, arXiv:2505.18081 (FMALA; the carried and shared policies are ours).
     """
     check_policy(key_policy, no_curvature)
+    check_number("drift_scale", drift_scale, "(-inf, inf)")
     return top_level_api(
         build_fmala_kernel,
         logdensity_fn,
@@ -243,7 +245,8 @@ def pc_as_top_level_api(
         Cobb & Jha, 2025, arXiv:2505.18081 (PC-FMALA; shared tangent and floor are ours).
     """
     check_policy(key_policy, curvature)
-    checks.check_floor(floor)
+    check_number("drift_scale", drift_scale, "(-inf, inf)")
+    check_number("floor", floor, "[0, inf)", "0 takes the curvature as it is.")
     return top_level_api(
         build_pc_fmala_kernel,
         logdensity_fn,

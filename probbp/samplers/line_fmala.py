@@ -16,8 +16,7 @@ from blackjax.mcmc.mala import MALAState
 from blackjax.util import generate_unit_vector
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_count
-from probbp.samplers import checks
+from probbp.checks import check_count, check_number
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.curvature import (
     FLOOR,
@@ -220,7 +219,7 @@ def pc_as_top_level_api(
     """
     check_count("num_tangents", num_tangents)
     check_count("num_inner_steps", num_inner_steps)
-    checks.check_floor(floor)
+    check_number("floor", floor, "[0, inf)", "0 takes the curvature as it is.")
     return top_level_api(
         build_pc_line_kernel,
         logdensity_fn,

@@ -18,7 +18,7 @@ from blackjax.mcmc.metrics import default_metric
 from blackjax.mcmc.proposal import static_binomial_sampling
 from blackjax.util import generate_gaussian_noise
 
-from probbp.checks import check_choice, check_rng_key
+from probbp.checks import check_choice, check_estimator, check_function, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.whitening import IDENTITY, Whitening, whitening
@@ -67,7 +67,7 @@ def init(
         ValueError: for a log density that is not finite at the position.
     """
     if rng_key is not None:
-        check_rng_key(rng_key)
+        check_rng_key("rng_key", rng_key)
     checks.check_position(position)
     position = jax.tree.map(jnp.asarray, position)
     white = whitening(inverse_mass_matrix, position)
@@ -165,10 +165,11 @@ def as_top_level_api(
         the proposal; the densities of the keys cancel in the ratio (cf. Storvik, 2011;
         Neklyudov et al., 2020, arXiv:2006.16653).
     """
+    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
     checks.check_step_size(step_size)
     check_choice("key_policy", key_policy, KEY_POLICIES)
     if estimator is not None:
-        checks.check_estimator(estimator)
+        check_estimator(estimator)
     metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
     return build_sampling_algorithm(
         partial(build_kernel(), estimator=estimator, key_policy=key_policy),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from probbp.checks import check_count, check_number
 from probbp.runs.loop import NUM_UPDATES
-from probbp.samplers import checks, sinks
+from probbp.samplers import checks
 from probbp.samplers.programs import Programs, latest, step_keys
 from probbp.samplers.results import Result
 from probbp.samplers.tuning import Tuning
@@ -119,6 +119,10 @@ def plan(
     thinning = check_count("thinning", thinning)
     every = None if every is None else check_count("every", every)
     batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be one of JAX, such as jax.make_mesh((8,), ('chains',)), got {mesh!r}."
+        )
     if mesh is not None and batch_size is not None:
         raise ValueError("A mesh splits the chains over devices: give it no batch_size beside.")
     schedule = np.asarray(tuning.schedule)
@@ -183,7 +187,7 @@ def _template(result, draws, step_size):
     """Build the very object that is returned, so that what ArviZ would refuse is refused now."""
     blank = _one_draw(draws)
     named = blank._replace(position=_one_draw(jax.eval_shape(result.postprocess, blank.position)))
-    return sinks.of_few_draws(result.labeled, named, np.zeros(step_size.shape, step_size.dtype))
+    return result.labeled(named, np.zeros(step_size.shape, step_size.dtype))
 
 
 def _one_draw(shapes):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from probbp.checks import check_function
 from probbp.samplers.programs import Draws
 from probbp.types import Tree
 
@@ -36,6 +37,7 @@ def result(
     """Say what becomes of draws; the arguments are those of `sample`.
 
     Raises:
+        TypeError: for a `postprocess_fn` that is none.
         ValueError: for labels of the draws.
     """
     # ArviZ is slow to import; a script that only takes kernels is spared it.
@@ -43,6 +45,8 @@ def result(
 
     if isinstance(coords, Mapping) and "draw" in coords:
         raise ValueError("Draws are numbered: leave 'draw' out of coords, and label the result.")
+    if postprocess_fn is not None:
+        check_function("postprocess_fn", postprocess_fn, "Pass one that maps a position to a tree.")
     postprocess = lambda positions: positions
     if postprocess_fn is not None:
         # One draw after the other, as in `from_blackjax`, but compiled once.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from probbp.checks import check_count
+from probbp.checks import check_count, check_function
 from probbp.runs.devices import put
 from probbp.runs.fingerprints import fingerprint
 from probbp.runs.loop import NUM_UPDATES, opened
@@ -51,6 +51,7 @@ def checkpointed_scan(
 
     Raises:
         ImportError: for a checkpoint without Orbax.
+        OSError: for a folder to which another run writes at this moment.
         TypeError: inside of a transformation of JAX.
         ValueError: for counts that are not positive, and a checkpoint that is damaged or another
             loop's.
@@ -74,6 +75,7 @@ def checkpointed_scan(
         ...         checkpoint=folder + "/svi", every=50, progress_bar=False)
         >>> params = svi.get_params(state)
     """
+    check_function("f", f, "Pass (carry, None) -> (carry, y), as to jax.lax.scan.")
     length = check_count("length", length)
     every = -(-length // NUM_UPDATES) if every is None else every
     every = check_count("every", every)

@@ -1,6 +1,5 @@
 """Where the draws of a run go: into memory, or to disk."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,13 +57,6 @@ def in_memory(as_arviz: Callable[[Draws, np.ndarray], Any], like: Tree) -> Sink:
     return Sink(False, like, add, lambda moments: None, count, read)
 
 
-def of_few_draws(as_arviz: Callable, draws: Draws, step_size: np.ndarray) -> Any:
-    """Return ArviZ's object without its warning that there are more chains than draws."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "More chains|Found chain dimension")
-        return as_arviz(draws, step_size)
-
-
 def on_disk(
     as_arviz: Callable[[Draws, np.ndarray], Any], stream: Stream, template: Any, is_lazy: bool
 ) -> Sink:
@@ -78,7 +70,7 @@ def on_disk(
     """
 
     def add(start, draws, step_size):
-        arrays = variables(of_few_draws(as_arviz, draws, step_size))
+        arrays = variables(as_arviz(draws, step_size))
         stream.write(start, arrays)
         return arrays["posterior"]
 

@@ -150,7 +150,7 @@ def search(
         >>> found.candidate.kernel.shape
         (2, 1)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_candidates = check_count("num_candidates", num_candidates)
     num_steps = check_count("num_steps", num_steps, 0)
     check_number("init_scale", init_scale, "(0, inf)")

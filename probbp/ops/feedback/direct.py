@@ -99,7 +99,7 @@ def direct_weights(rng_key: jax.Array, layers: Sequence[Layer], x: jax.Array) ->
     Returns:
         `(k, *features)` for each layer but the last.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     shapes = []
     for layer in layers:
         x = jax.eval_shape(layer, x)

@@ -30,7 +30,7 @@ def normal(rng_key: jax.Array, kernels: Tree, scale: float | None = None) -> Tre
     Reference:
         Lillicrap et al., 2014, arXiv:1411.0247.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     if scale is not None:
         check_number("scale", scale, "(0, inf)")
     leaves, structure = jax.tree.flatten(kernels)
@@ -102,6 +102,7 @@ def redrawn(rng_key: jax.Array, kernels: Tree) -> Tree:
         >>> jnp.sign(redrawn(jax.random.key(0), kernels)["first"]).tolist()
         [[1.0, -1.0]]
     """
+    check_rng_key("rng_key", rng_key)
     return fixed_magnitude(kernels, normal(rng_key, kernels))
 
 

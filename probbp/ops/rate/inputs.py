@@ -42,7 +42,7 @@ def bernoulli(rng_key: jax.Array, rates: jax.Array) -> Inputs:
         >>> [round(rate, 1) for rate in train.mean(0).tolist()]
         [0.0, 0.2, 1.0]
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     check_numbers("rates", rates, "[0, 1]", "They are the probabilities of a spike.")
 
     def spikes(step):

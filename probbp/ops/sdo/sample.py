@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_number, check_rng_key
 from probbp.ops.sdo.keep import Keep, Subset, live_steps
 from probbp.ops.sdo.path import GaussianPath, walk_of
 from probbp.ops.sdo.rules import Inputs, Sampler, each_alone, one_each, stretch, subset
@@ -122,12 +122,14 @@ def sample(
         Dou et al., 2025, arXiv:2505.07477. The Gaussian path, `Last`, "each" and `Subset` are ours.
     """
     if rng_key is not None:
-        check_rng_key(rng_key)
+        check_rng_key("rng_key", rng_key)
     noise = jnp.asarray(noise)
     num_steps = len(schedule.times)
     live = live_steps(keep_step, num_steps)
     _check_denoiser(denoiser, controls is not None)
     _check(noise, num_steps, eta, step_noise, controls)
+    if rng_key is not None:
+        check_rng_key("rng_key", rng_key)
     if (keep_step == "random" or isinstance(keep_step, Subset)) and rng_key is None:
         raise ValueError(f"keep_step={keep_step!r} draws steps, and needs an rng_key.")
     steps = steps_of(schedule, prediction, eta)
@@ -191,6 +193,7 @@ def _check(noise, num_steps, eta, step_noise, controls):
         raise TypeError(f"noise must be floating-point, got {noise.dtype}.")
     if noise.ndim < 2:
         raise ValueError(f"noise must be (batch, ...), got {noise.shape}: noise[None] for one.")
+    check_number("eta", eta, "[0, 1]")
     if (step_noise is None) != (eta == 0):
         raise ValueError(
             "step_noise is what eta > 0 adds in each step, standard normal (num_steps, *noise."

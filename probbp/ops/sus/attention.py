@@ -121,7 +121,7 @@ def dot_product_attention(
         sampling other than "independent" are ours.
     """
     if rng_key is not None:
-        check_rng_key(rng_key)
+        check_rng_key("rng_key", rng_key)
     is_batched = jnp.ndim(query) == 4
     query, key, value = (
         _four_axes(name, x) for name, x in {"query": query, "key": key, "value": value}.items()
@@ -136,6 +136,8 @@ def dot_product_attention(
     batch, time, heads, width = query.shape
     num_keys, key_heads = key.shape[1:3]
     check_choice("sampling", sampling, tuple(RULES))
+    if rng_key is not None:
+        check_rng_key("rng_key", rng_key)
     keep = math.inf if keep is None else _number("keep", keep)
     check_number("keep", keep, "(0, inf]", "keep=None keeps all weights.")
     window = None if local_window_size is None else _window(local_window_size)

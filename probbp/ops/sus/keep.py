@@ -61,7 +61,7 @@ def suggested_keep(
     Reference:
         Pankov & Harik, 2025, arXiv:2505.15080, compare the two variances; the rule is ours.
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     num_draws = check_count("num_draws", num_draws)
     check_number("tolerance", tolerance, "(0, inf)")
     keeps = list(keeps)

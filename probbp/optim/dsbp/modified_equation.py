@@ -177,7 +177,7 @@ def simulate(
         >>> round(float(end), 3), round(0.9**10, 3)
         (0.35, 0.349)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     params = jax.tree.map(jnp.asarray, params)
     check_number("time", time, "[0, inf)")
     num_steps = check_count("num_steps", num_steps)

@@ -301,7 +301,7 @@ def certificate(
         ...     print(str(error).split(", ")[0])
         The prior was made from 100 of the 300 rows of the bound
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     check_number("delta", delta, "(0, 1)", "It is the probability that the bound fails.")
     check_number("delta_draws", delta_draws, "(0, 1)")
     num_draws = check_count("num_draws", num_draws)

@@ -193,7 +193,7 @@ def leading_eigenpairs(
         >>> found.values.round(3).tolist(), round(float(found.trace), 3)
         ([10.0], 16.0)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     rank, num_probes = check_count("rank", rank), check_count("num_probes", num_probes)
     _, stochtrace = _matfree()
     flat, _ = ravel_pytree(params)

@@ -64,7 +64,7 @@ def start(
         >>> start(jax.random.key(0), size=5, rank=2).vectors.shape
         (5, 2)
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     size = check_count("size", size)
     rank = check_count("rank", rank, 1, size, f"The matrix has the size {size}.")
     gaussian = jax.random.normal(rng_key, (*batch, size, rank), dtype)

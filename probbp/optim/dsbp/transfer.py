@@ -108,7 +108,7 @@ def laplace(
         >>> prior.curvatures.round(3).tolist()
         [10.0, 4.0]
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     check_number("rest", rest, "(0, inf)", "It is a precision.")
     params = jax.tree.map(jnp.asarray, params)
     _, unravel = ravel_pytree(params)

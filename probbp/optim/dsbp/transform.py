@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from probbp.checks import check_choice, check_count, check_number
+from probbp.checks import check_choice, check_count, check_number, check_rng_key
 from probbp.optim.dsbp import tracker
 from probbp.optim.dsbp.leaves import Matrices, matrices, precision
 from probbp.optim.dsbp.tracker import Spectrum
@@ -148,6 +148,7 @@ def scale_by_dynamic_spectral(
     if not isinstance(refresh, Tracer):
         refresh = check_count("refresh", refresh)
     _check(mode, source, side, inner)
+    _check_seed(seed)
     default = optax.scale_by_adam() if mode == "residual" else optax.identity()
     optimiser = default if inner is None else inner
 
@@ -344,8 +345,21 @@ def _transposed(matrix: jax.Array) -> jax.Array:
 
 
 def _key(seed: int | jax.Array) -> jax.Array:
-    is_key = jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key) or jnp.ndim(seed) == 1
-    return jnp.asarray(seed) if is_key else jax.random.key(seed)
+    return jnp.asarray(seed) if _is_key(seed) else jax.random.key(seed)
+
+
+def _check_seed(seed: int | jax.Array) -> None:
+    """Require an integer or a key."""
+    if _is_key(seed):
+        check_rng_key("seed", seed)
+    elif not isinstance(seed, Tracer):
+        check_count("seed", seed, 0, way_out="Or a key, such as jax.random.key(0).")
+
+
+def _is_key(seed: Any) -> bool:
+    """Whether it is a key, of either kind, and not an integer."""
+    dtype = getattr(seed, "dtype", None)
+    return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or seed.ndim > 0)
 
 
 def _check(mode, source, side, inner) -> None:

@@ -2,6 +2,7 @@
 
 from probbp.samplers.algorithm import Algorithm
 from probbp.samplers.surrogate import kernel, pooled
+from probbp.samplers.surrogate.learning import Parameters
 
 
 def target_acceptance_rate(**options) -> float:
@@ -16,6 +17,7 @@ surrogate = Algorithm(
     kernel.build_kernel,
     target_acceptance_rate,
     pooled.warmup,
+    Parameters._fields,
 )
 
 __all__ = ["surrogate"]

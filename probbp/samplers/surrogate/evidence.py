@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from probbp.checks import check_count, check_rng_key
+from probbp.checks import check_count, check_function, check_rng_key
 from probbp.samplers import checks
 from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.inner import (
@@ -121,12 +121,17 @@ def log_evidence(
         Bennett, 1976; Meng & Wong, 1996 (the optimal bridge); Frühwirth-Schnatter, 2004 (its
         error); Overstall & Forster, 2010 (a reference from one half of the draws).
     """
-    check_rng_key(rng_key)
-    check_count("num_evaluations", num_evaluations)
+    check_rng_key("rng_key", rng_key)
+    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
+    num_evaluations = check_count("num_evaluations", num_evaluations)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     flat, unravel = _flat(draws)
     num_chains, num_draws, dim = flat.shape
     if num_chains * num_draws < 200:
-        raise ValueError(f"Give log_evidence at least 200 draws, got {num_chains * num_draws}.")
+        raise ValueError(
+            "log_evidence fits a surrogate to half of the draws: draws must hold at least 200, got "
+            f"{num_chains * num_draws}."
+        )
     key_fit, key_draw, key_gaussian = jax.random.split(rng_key, 3)
     rows = [half.reshape(-1, dim) for half in jnp.split(flat, [num_draws // 2], axis=1)]
 
@@ -245,6 +250,7 @@ def bridge(at_first: jax.Array, at_second: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def _flat(draws):
     """Return draws as (chain, draw, d), and what turns a row into a position."""
+    checks.check_position(draws, "draws")
     draws = jax.tree.map(jnp.asarray, draws)
     shapes = {leaf.shape[:2] for leaf in jax.tree.leaves(draws)}
     if len(shapes) != 1 or len(min(shapes)) != 2:
@@ -252,6 +258,5 @@ def _flat(draws):
             "draws must be a pytree of arrays with leading axes (chain, draw), the same for all, "
             f"got {sorted(shapes)}."
         )
-    checks.check_position(draws)
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0, 0], draws))
     return jax.vmap(jax.vmap(lambda tree: ravel_pytree(tree)[0]))(draws), unravel

@@ -18,6 +18,7 @@ from blackjax.mcmc.proposal import static_binomial_sampling
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
+from probbp.checks import check_count, check_function
 from probbp.samplers import checks
 from probbp.samplers.surrogate.inner import (
     Point,
@@ -240,7 +241,10 @@ def as_top_level_api(
         Marzouk, 2018 (transport maps).
     """
     del estimator
+    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
     checks.check_step_size(step_size)
+    check_count("num_inner_transitions", num_inner_transitions)
+    check_count("num_inner_steps", num_inner_steps)
     _check_weights(weights)
     return build_sampling_algorithm(
         partial(

@@ -217,7 +217,7 @@ def adapt(
         >>> states, parameters, report = adapt(jax.random.key(1), logdensity_fn, starts, 200)
         >>> sampler = probbp.surrogate(logdensity_fn, **parameters._asdict())
     """
-    check_rng_key(rng_key)
+    check_rng_key("rng_key", rng_key)
     run = jax.jit(run_stage, static_argnums=(1, 3, 4), donate_argnums=2)
     first = partial(init, logdensity_fn, num_steps=num_steps, estimator=estimator)
     carry = jax.jit(first)(starts)
