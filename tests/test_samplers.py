@@ -708,13 +708,13 @@ def test_a_run_of_5000_parameters(name):
         jax.random.key(0),
         partial(SAMPLERS[name].algorithm, standard_normal),
         jnp.zeros(5000, "float32"),
-        num_warmup=20,
-        num_samples=5,
+        num_warmup=200,
+        num_samples=200,
         num_chains=2,
         progress_bar=False,
     )
     assert np.all(np.isfinite(data.posterior["x"].values))
-    assert data.sample_stats["acceptance_rate"].values.mean() > 0.01
+    assert data.sample_stats["acceptance_rate"].values.mean() > 0.1
 
 
 def test_the_surrogate_refuses_5000_parameters_before_the_run():
