@@ -124,8 +124,7 @@ def check_rng_key(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a key: pass jax.random.key(0), not {_shown(value)}.")
     if shape != () if is_typed else shape not in ((2,), (4,)):
         raise TypeError(
-            f"{name} must be one key, got an array of {shape}. Take one of them, or map over all "
-            "by jax.vmap."
+            f"{name} must be one key, got {shape} of them. Take one, or map over them by jax.vmap."
         )
 
 

@@ -128,7 +128,7 @@ def _converted(groups, coords, dims):
         data = arviz.from_dict(groups, coords=coords, dims=dims, check_conventions=False)
     else:
         datasets = {k: _dataset(variables, coords, dims) for k, variables in groups.items()}
-        data = arviz.InferenceData(**datasets)
+        data = arviz.InferenceData(None, False, **datasets)
     check_all_there(data, groups)
     return data
 

@@ -143,7 +143,8 @@ class Kernel(MCMCKernel):
         """Return the first state: one chain's, or several chains' for several keys."""
         model_kwargs = {} if model_kwargs is None else model_kwargs
         is_single = is_prng_key(rng_key)
-        check_rng_key(rng_key[0] if getattr(rng_key, "ndim", 0) and not is_single else rng_key)
+        is_several = getattr(rng_key, "ndim", 0) and not is_single
+        check_rng_key("rng_key", rng_key[0] if is_several else rng_key)
         split = jax.random.split if is_single else jax.vmap(jax.random.split, out_axes=1)
         rng_key, key_model = split(rng_key)
         start = self._start(key_model, init_params, model_args, model_kwargs)
