@@ -120,12 +120,12 @@ def check_rng_key(name: str, value: Any) -> None:
     """Require one key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not is_typed and dtype != np.uint32:
-        raise TypeError(f"{name} must be a key: pass jax.random.key(0), not {_shown(value)}.")
-    if shape != () if is_typed else shape not in ((2,), (4,)):
+    if is_typed and shape:
         raise TypeError(
             f"{name} must be one key, got {shape} of them. Take one, or map over them by jax.vmap."
         )
+    if not is_typed and (dtype != np.uint32 or shape not in ((2,), (4,))):
+        raise TypeError(f"{name} must be a key: pass jax.random.key(0), not {_shown(value)}.")
 
 
 def _is_real(value: Any) -> bool:

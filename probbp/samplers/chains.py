@@ -19,6 +19,7 @@ from probbp.samplers.endings import advice_on_memory, warn_of_a_run
 from probbp.samplers.phases import DRAWS, Phases, shapes_of_a_state, sink_of
 from probbp.samplers.plan import plan, start_of
 from probbp.samplers.results import result
+from probbp.samplers.streams import check_names
 from probbp.samplers.tuning import tuning
 from probbp.types import Tree, ways_out
 
@@ -162,6 +163,8 @@ def sample(
         batch_size=batch_size,
         mesh=mesh,
     )
+    if checkpoint is not None or stream is not None:
+        check_names(settled.template)
     settings = settled.settings | {"coords": coords, "dims": dims}
     values = rng_key, settled.schedule, start.position
     prints = cache(lambda: fingerprint(settled.described, values, settings))

@@ -79,9 +79,8 @@ def start_of(
     check_number("dispersion", dispersion, "[0, inf)")
     if callable(position):
         return Start(position(rng_key), position, dispersion)
-    position = jax.tree.map(jnp.asarray, position)
     checks.check_position(position)
-    return Start(position, None, dispersion)
+    return Start(jax.tree.map(jnp.asarray, position), None, dispersion)
 
 
 def plan(

@@ -51,6 +51,21 @@ def variables(data: Any) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+def check_names(template: Any) -> None:
+    """Require of variables names that a file may have.
+
+    Args:
+        template: an object of ArviZ with one draw of each chain.
+    """
+    for group in GROUPS:
+        for name in template[group].data_vars:
+            if not name or name in (".", "..", "zarr.json") or {"/", "\\", "\0"} & set(name):
+                raise ValueError(
+                    f"The variable {name!r} can't name an array on disk. Rename it: by "
+                    "postprocess_fn, or in the position."
+                )
+
+
 def stream(
     path: str | os.PathLike[str],
     template: Any,
@@ -73,11 +88,10 @@ def stream(
 
     Raises:
         ImportError: without Zarr.
-        ValueError: where another run's store, or no store, is at the path, where a piece is
-            missing, and for names that are no names of files.
+        ValueError: where another run's store, or no store, is at the path, and where a piece is
+            missing.
     """
     zarr, path = _zarr(), Path(path)
-    _check_names(template)
     run = hash_run(prints)
     if on.writes:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,16 +197,6 @@ def _array(group, name, shape, chunks, dtype, dims):
         fill_value=np.nan if np.issubdtype(dtype, np.inexact) else np.zeros((), dtype)[()],
         dimension_names=dims,
     )
-
-
-def _check_names(template):
-    for group in GROUPS:
-        for name in template[group].data_vars:
-            if not name or name in (".", "..", "zarr.json") or {"/", "\\", "\0"} & set(name):
-                raise ValueError(
-                    f"The variable {name!r} can't name an array on disk. Rename it: by "
-                    "postprocess_fn, or in the position."
-                )
 
 
 def _require_fresh(path, num_written):
