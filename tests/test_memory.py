@@ -54,13 +54,11 @@ def test_the_same_call_again_and_again_holds_no_more():
     for i in range(20):
         sample(i)
     arrays, before = held(), memory()
-    with jax.log_compiles(False):
-        for i in range(NUM_CALLS):
-            sample(i)
+    for i in range(NUM_CALLS):
+        sample(i)
     assert held() <= arrays
-    # An eighth of a megabyte a call would be a result that is kept; pages that Python and malloc
-    # take back late are less in all.
-    assert memory() - before < 25
+    # A result that is kept would be a tenth of a megabyte a call, a program some megabytes.
+    assert memory() - before < 10
 
 
 @pytest.mark.slow
@@ -83,7 +81,8 @@ def test_other_closures_are_let_go():
 
 
 @pytest.mark.slow
-def test_one_mcmc_again_and_again_holds_no_more():
+def test_one_mcmc_again_and_again_holds_no_more_arrays():
+    """NumPyro compiles its loop at every `run`, with any kernel, and JAX keeps the programs."""
     mcmc = MCMC(
         Kernel(model, probbp.mala),
         num_warmup=5,
@@ -92,10 +91,9 @@ def test_one_mcmc_again_and_again_holds_no_more():
         chain_method="vectorized",
         progress_bar=False,
     )
-    for i in range(5):
+    for i in range(3):
         mcmc.run(jax.random.key(i))
-    arrays, before = held(), memory()
-    for i in range(NUM_CALLS):
+    arrays = held()
+    for i in range(20):
         mcmc.run(jax.random.key(i))
     assert held() <= arrays
-    assert memory() - before < 25
