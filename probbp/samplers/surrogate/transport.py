@@ -114,6 +114,17 @@ def affine(loc: jax.Array, factor: jax.Array) -> Transport:
     )
 
 
+def identity(dim: int, num_slots: int, dtype: jnp.dtype) -> Transport:
+    """Return the map x = z, with slots for drivers, none of them used."""
+    num_features = (num_slots + 1) * (num_slots + 2) // 2
+    return affine(jnp.zeros(dim, dtype), jnp.eye(dim, dtype=dtype))._replace(
+        drivers=jnp.zeros(num_slots, int),
+        is_used=jnp.zeros(num_slots, bool),
+        mean=jnp.zeros((num_features, dim), dtype),
+        log_scale=jnp.zeros((num_slots, dim), dtype),
+    )
+
+
 def fit(
     draws: jax.Array,
     *,
@@ -307,7 +318,7 @@ def fit_marginals(x: jax.Array, num_points: int = 1000, num_iterations: int = 20
         cost = partial(_marginal_cost, (column - loc) / scale)
         twice = lambda fun: lambda params: (fun(params),) * 2
 
-        def body(_, params):
+        def improved(params):
             hessian, grad = jax.jacfwd(twice(jax.grad(cost)), has_aux=True)(params)
             curvatures, directions = jnp.linalg.eigh(hessian)
             curvatures = jnp.maximum(jnp.abs(curvatures), 1e-3)
@@ -317,8 +328,16 @@ def fit_marginals(x: jax.Array, num_points: int = 1000, num_iterations: int = 20
             costs = jax.vmap(cost)(trials)
             return trials[jnp.argmin(jnp.where(jnp.isnan(costs), jnp.inf, costs))]
 
+        def body(carry):
+            i, _, params = carry
+            new = improved(params)
+            return i + 1, jnp.any(new != params), new
+
         none = jnp.zeros(4, x.dtype)
-        best = jax.lax.fori_loop(0, num_iterations, body, none)
+        first = jnp.zeros((), int), jnp.ones((), bool), none
+        # Where no trial costs less, none ever will.
+        goes_on = lambda carry: carry[1] & (carry[0] < num_iterations)
+        *_, best = jax.lax.while_loop(goes_on, body, first)
         params = jnp.where(cost(none) - cost(best) > 0.01, best, none)
         xi, log_lambda, epsilon, log_delta = params
         return jnp.stack(

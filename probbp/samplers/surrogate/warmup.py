@@ -20,13 +20,13 @@ from probbp.samplers.surrogate import regression
 from probbp.samplers.surrogate.kernel import WALK, SurrogateState, build_kernel, whiten
 from probbp.samplers.surrogate.learning import (
     LARGEST_STEP_SIZE,
+    MAX_MAP_DIM,
     History,
     Parameters,
     Report,
     Totals,
     WarmupState,
     first_walk_scale,
-    fit_transport,
     freeze,
     no_totals,
     refit,
@@ -35,6 +35,7 @@ from probbp.samplers.surrogate.learning import (
 )
 from probbp.samplers.surrogate.polynomial import from_coefficients, num_monomials
 from probbp.samplers.surrogate.ridges import no_ridges
+from probbp.samplers.surrogate.transport import MAX_DRIVERS, identity
 from probbp.types import Estimator, LogDensity, Tree
 
 WALKS, ROUNDS = (1, 2, 4, 8), (2, 4, 8)
@@ -114,7 +115,7 @@ def init(
     none = jnp.full((num_kept, num_chains), -jnp.inf, dtype)
     parameters = Parameters(
         jnp.asarray(LARGEST_STEP_SIZE, dtype),
-        _blank_transport(dim, dtype, estimator is not None),
+        _blank_transport(dim, dtype),
         _blank_surrogate(dim, num_kept * num_chains, dtype, estimator is not None),
         jnp.asarray(ROUND_WEIGHTS, dtype),
     )
@@ -351,12 +352,9 @@ def _flat(position):
     return jax.vmap(lambda tree: ravel_pytree(tree)[0])(position), unravel
 
 
-def _blank_transport(dim, dtype, has_grads):
-    """Return a map of the shapes that fits have."""
-    draws, values = jnp.zeros((2, dim), dtype), jnp.zeros(2, dtype)
-    grads = draws if has_grads else None
-    fitted = jax.eval_shape(fit_transport, draws, values, draws, values, grads)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fitted)
+def _blank_transport(dim, dtype):
+    """Return a map of the shapes that fits have; to trace a fit for them takes a second."""
+    return identity(dim, min(MAX_DRIVERS, dim // 2) if dim <= MAX_MAP_DIM else 0, dtype)
 
 
 def _blank_surrogate(dim, num_points, dtype, has_grads):
