@@ -118,7 +118,7 @@ def check_estimator(estimator: Any) -> None:
 
 def check_rng_key(name: str, value: Any) -> None:
     """Require one key of JAX's, of either kind."""
-    dtype = getattr(value, "dtype", None)
+    dtype: Any = getattr(value, "dtype", None)
     is_typed = isinstance(value, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     is_raw = not is_typed and dtype == np.uint32
     if not (is_typed or is_raw):

@@ -127,7 +127,9 @@ def _converted(groups, coords, dims):
         # Else it takes many short chains for a mistake in the axes, and warns.
         data = arviz.from_dict(groups, coords=coords, dims=dims, check_conventions=False)
     else:
-        datasets = {k: _dataset(variables, coords, dims) for k, variables in groups.items()}
+        datasets: dict[str, Any] = {
+            group: _dataset(variables, coords, dims) for group, variables in groups.items()
+        }
         data = arviz.InferenceData(**datasets)
     check_all_there(data, groups)
     return data
