@@ -735,7 +735,7 @@ def test_what_is_no_estimator(estimator, words):
 
 
 def test_bad_input_of_optim():
-    with pytest.raises(TypeError, match=r"optax\.adam\(1e-2\), not Adam"):
+    with pytest.raises(TypeError, match=r"optax\.adam\(1e-2\), got an object of type Adam"):
         Optim(numpyro.optim.Adam(0.1), reverse())
     svi = SVI(conjugate, AutoNormal(conjugate), Optim(optax.sgd(0.1), reverse()), Trace_ELBO())
     with pytest.raises(ValueError, match="leave forward_mode_differentiation out"):
