@@ -88,3 +88,4 @@ def _what_llvm_leaves_out(request):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)  # for fixtures of modules

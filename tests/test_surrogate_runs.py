@@ -36,10 +36,15 @@ def run(logdensity_fn=banana, position=START, **options):
     return probbp.sample(KEY, partial(probbp.surrogate, logdensity_fn), position, **options)
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """A run that nothing interrupts."""
+    return run(num_chains=8, num_samples=1000)
+
+
 @pytest.mark.slow
-def test_a_run_has_the_right_moments_and_says_what_it_cost():
-    data = run(num_chains=8, num_samples=1000)
-    a, b = data.posterior["a"].values, data.posterior["b"].values
+def test_a_run_has_the_right_moments_and_says_what_it_cost(whole):
+    a, b = whole.posterior["a"].values, whole.posterior["b"].values
     statistics = {
         "a": (a[..., 0], 0.0),
         "a^2": (a[..., 0] ** 2, 1.0),
@@ -51,15 +56,41 @@ def test_a_run_has_the_right_moments_and_says_what_it_cost():
         batches = values.reshape(8 * 20, 50).mean(axis=1)
         error = batches.std(ddof=1) / len(batches) ** 0.5
         assert abs(batches.mean() - truth) < 4.5 * error, name
-    report = data["sample_stats"].attrs
+    report = whole["sample_stats"].attrs
     assert report["num_warmup_evaluations"] == 8 * (580 + 1)
     assert report["num_relocated"] == 0
     assert report["held_out_std"] < 0.3
     assert report["pareto_k"] < 1
     # The step size is frozen, and one for all.
-    assert len(np.unique(data["sample_stats"]["step_size"])) == 1
-    assert data["sample_stats"]["log_weight"].shape == (8, 1000)
-    assert data["sample_stats"]["acceptance_rate"].values.mean() > 0.6
+    assert len(np.unique(whole["sample_stats"]["step_size"])) == 1
+    assert whole["sample_stats"]["log_weight"].shape == (8, 1000)
+    assert whole["sample_stats"]["acceptance_rate"].values.mean() > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [100, 700])
+def test_an_interrupted_run_goes_on(done, whole, tmp_path, monkeypatch):
+    """In warm-up and among the draws; the same to the bit."""
+    from probbp.samplers import progress
+
+    again = partial(run, num_chains=8, num_samples=1000, checkpoint=tmp_path / "run")
+    shown, show = [], progress.show
+
+    def stop(bar, num_steps, *args, **kwargs):
+        shown.append(num_steps)
+        if sum(shown) >= done:
+            raise KeyboardInterrupt
+        show(bar, num_steps, *args, **kwargs)
+
+    monkeypatch.setattr(progress, "show", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again(progress_bar=True)
+    monkeypatch.undo()
+    resumed = again()
+    np.testing.assert_array_equal(whole.posterior["a"], resumed.posterior["a"])
+    np.testing.assert_array_equal(
+        whole["sample_stats"]["log_weight"], resumed["sample_stats"]["log_weight"]
+    )
 
 
 def test_a_schedule_learns_where_its_stretches_end():
@@ -73,32 +104,6 @@ def test_a_schedule_learns_where_its_stretches_end():
         schedule = np.asarray(schedule_of(num_steps))
         assert len(schedule) == num_steps
         assert schedule[-1, 1] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("done", [100, 700])
-def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
-    """In warm-up and among the draws; the same to the bit."""
-    from probbp.samplers import progress
-
-    whole = run(checkpoint=tmp_path / "whole")
-    shown, show = [], progress.show
-
-    def stop(bar, num_steps, *args, **kwargs):
-        shown.append(num_steps)
-        if sum(shown) >= done:
-            raise KeyboardInterrupt
-        show(bar, num_steps, *args, **kwargs)
-
-    monkeypatch.setattr(progress, "show", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint=tmp_path / "run", progress_bar=True)
-    monkeypatch.undo()
-    resumed = run(checkpoint=tmp_path / "run")
-    np.testing.assert_array_equal(whole.posterior["a"], resumed.posterior["a"])
-    np.testing.assert_array_equal(
-        whole["sample_stats"]["log_weight"], resumed["sample_stats"]["log_weight"]
-    )
 
 
 @pytest.mark.parametrize(
