@@ -13,7 +13,7 @@ from probbp.diagnostics import from_blackjax, simulation_based_calibration
 from probbp.diagnostics.gradients import gradient_quality
 from probbp.diagnostics.names import leaf_names
 from probbp.estimators import forward
-from probbp.samplers import chains
+from probbp.samplers import sinks
 
 IS_TREE = int(arviz.__version__.split(".")[0]) >= 1
 SCHOOLS = list("abcdefgh")
@@ -116,7 +116,7 @@ def test_what_would_be_lost_is_refused_before_the_first_step(name, monkeypatch):
         pytest.fail("the run has begun")
 
     position, options, words = REFUSED[name]
-    monkeypatch.setattr(chains.sinks, "in_memory", begun)
+    monkeypatch.setattr(sinks, "in_memory", begun)
     with pytest.raises((ValueError, TypeError), match=words):
         draw(position, **options)
 

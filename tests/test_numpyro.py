@@ -719,8 +719,8 @@ def test_a_potential_needs_a_start_for_each_chain():
     ("estimator", "words"),
     [
         ("forward", "estimator must be a function, got 'forward'.*such as reverse"),
-        (reverse, r"reverse takes \(\).*estimator=forward\(\)"),
-        (averaged, "averaged takes .*estimator=forward"),
+        (reverse, r"estimator must be an estimator, got reverse\. .*such as reverse\(\)"),
+        (averaged, "estimator must be an estimator, got averaged"),
     ],
 )
 def test_what_is_no_estimator(estimator, words):

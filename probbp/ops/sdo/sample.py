@@ -193,7 +193,7 @@ def _check(noise, num_steps, eta, step_noise, controls):
         raise TypeError(f"noise must be floating-point, got {noise.dtype}.")
     if noise.ndim < 2:
         raise ValueError(f"noise must be (batch, ...), got {noise.shape}: noise[None] for one.")
-    check_number("eta", eta, "[0, 1]")
+    check_number("eta", eta, "[0, 1]", "0 is DDIM, 1 is DDPM.")
     if (step_noise is None) != (eta == 0):
         raise ValueError(
             "step_noise is what eta > 0 adds in each step, standard normal (num_steps, *noise."
