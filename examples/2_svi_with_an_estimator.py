@@ -44,6 +44,7 @@ def fit(estimator, num_steps):
     return svi.run(jax.random.key(0), num_steps, **data, progress_bar=False)
 
 
+@jax.jit
 def elbo(params, num=4000):
     """Return the evidence lower bound and its Monte Carlo error, from the same draws for all."""
 

@@ -25,7 +25,7 @@ from probbp.models import physics, physics_vae
 
 case = physics.beam("offset")
 train = physics.simulate(jax.random.key(0), case, 1024)
-test = physics.simulate(jax.random.key(1), case, 2000)
+test = physics.simulate(jax.random.key(1), case, 1000)
 is_labelled = jax.random.bernoulli(jax.random.key(2), 0.5, (1024,))
 
 
@@ -54,12 +54,12 @@ def build(rng_key):
 @jax.jit
 @partial(jax.vmap, in_axes=(0, None))
 @partial(jax.vmap, in_axes=(None, 0))
-def fit(strength, rng_key, num_steps=2000):
+def fit(strength, rng_key, num_steps=1500):
     """SVI takes it as any other model; the strength is traced, so that all fits are one program."""
-    vae, optimiser = build(rng_key), optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
+    vae, optimiser = build(rng_key), optax.adam(optax.cosine_decay_schedule(4e-3, num_steps))
     svi = physics_vae.svi(vae, optimiser, strength=lambda step: strength, loss=Trace_ELBO())
     # Grades are few nats beside 32 deflections: they count ten times.
-    options = {"has_y": is_labelled, "label_weight": 10.0, "subsample_size": 256}
+    options = {"has_y": is_labelled, "label_weight": 10.0, "subsample_size": 128}
     data = train.x, train.c, grades(train)
     return svi.run(rng_key, num_steps, *data, **options, progress_bar=False).params
 
@@ -129,8 +129,8 @@ posterior = probbp.sample(
     jax.random.key(7),
     partial(probbp.mala, refined.logdensity_fn),
     refined.position,
-    num_warmup=3000,
-    num_samples=2000,
+    num_warmup=1500,
+    num_samples=1000,
     thinning=10,
     metric="dense",
     dispersion=0.01,

@@ -50,8 +50,8 @@ print(f"smallest cosine to the gradient through time: {min(jax.tree.leaves(cosin
 # 26,000 weights and 300 labels: a posterior at temperature 1 would be little more than its prior.
 model = partial(snn.model, network=network, num_steps=num_steps, temperature=0.03)
 guide = snn.guide(model, network)
-svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(1e-2, 500)), TraceMeanField_ELBO())
-result = svi.run(jax.random.key(1), 500, x[train], y[train], progress_bar=False)
+svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(1e-2, 300)), TraceMeanField_ELBO())
+result = svi.run(jax.random.key(1), 300, x[train], y[train], progress_bar=False)
 
 draws = Predictive(model, guide=guide, params=result.params, num_samples=32)(
     jax.random.key(2), x[test]

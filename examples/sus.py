@@ -1,8 +1,8 @@
 """Train a language model on long contexts with a backward pass that skips most of the attention.
 
-A small transformer reads Python's standard library, 1,024 bytes at a time, and predicts the next
+A small transformer reads Python's standard library, 512 bytes at a time, and predicts the next
 byte; once with the exact gradient, once with attention whose backward pass keeps at most 32 of the
-up to 1,024 weights of a query and head (SUS, Pankov & Harik, 2025, arXiv:2505.15080). The losses
+up to 512 weights of a query and head (SUS, Pankov & Harik, 2025, arXiv:2505.15080). The losses
 are the same function; only the gradient is an estimate, without bias.
 """
 
@@ -21,7 +21,7 @@ import optax
 from probbp.models import transformer
 from probbp.ops import sus
 
-length, num_layers, num_steps = 1024, 2, 110
+length, num_layers, num_steps = 512, 2, 110
 folder = Path(sysconfig.get_paths()["stdlib"])
 text = b"".join(path.read_bytes() for path in sorted(folder.glob("[a-f]*.py")))
 text = jnp.asarray(np.frombuffer(text, np.uint8), jnp.int32)

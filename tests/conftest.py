@@ -74,11 +74,12 @@ def _programs_are_dropped():
 
 
 @pytest.fixture(autouse=True)
-def _what_llvm_leaves_out(request):
+def _what_llvm_leaves_out(request, monkeypatch):
     """The suite compiles thousands of programs and runs most of them for an instant.
 
     So LLVM does what correct code takes and no more, in three quarters of the time; XLA's own
-    passes, and with them memory and operations, are the same. Tests marked `optimised` have all.
+    passes, and with them memory and operations, are the same. Tests marked `optimised`
+    have all, and so have the processes that they start.
     """
     if "optimised" not in request.keywords:
         jax.config.update("jax_disable_most_optimizations", True)
@@ -86,6 +87,7 @@ def _what_llvm_leaves_out(request):
         return
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     yield
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)  # for fixtures of modules

@@ -11,7 +11,12 @@ import pytest
 from tables import members
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Those that run longer than they compile, or compare times, are compiled with all optimisations.
+OPTIMISED = {"fmala.py", "sus.py"}
+EXAMPLES = [
+    pytest.param(path, id=path.name, marks=pytest.mark.optimised if path.name in OPTIMISED else ())
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 SOURCES = sorted({*(ROOT / "probbp").rglob("*.py"), *(ROOT / "probbp" / "models").rglob("*.py")})
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -21,7 +26,7 @@ MODULES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_an_example_runs_and_leaves_a_picture(path, tmp_path):
     command = [sys.executable, str(path), "picture.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
