@@ -12,13 +12,14 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 # What processes of tests run is compiled in a hurry, as below.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Each worker of the tests has a core: threads that wait for each other would cost a tenth more.
+# Read once, when JAX starts; processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 if version("jax").startswith("0.10."):
     # XLA's older way to compile a fused loop for a CPU, in three fifths of the time; JAX 0.12
-    # has no such flag. Each program in one piece, as the other core has tests of its own. Read
-    # once, when JAX starts; processes that tests start inherit it.
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1"
+    # has no such flag. Each program in one piece, as the other core has tests of its own.
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     )
 
 import jax

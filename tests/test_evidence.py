@@ -183,13 +183,13 @@ def test_a_pytree_and_batches_are_the_same(unrefined):
 
 @pytest.mark.slow
 def test_draws_of_a_run():
-    """Correlated ones."""
     target = regression()
     data = probbp.sample(
         jax.random.key(0),
-        partial(probbp.mala, target.logdensity_fn),
+        partial(probbp.surrogate, target.logdensity_fn),
         jnp.zeros(3),
-        num_warmup=500,
+        num_warmup=580,
+        num_samples=500,
         progress_bar=False,
     )
     draws = data.posterior["x"].values
