@@ -205,6 +205,7 @@ IMPROPER = {
     "constant": (CONSTANT, 300, "float64", "4 chains grew to .*e.93 times and that the chains"),
     "constant, until it overflows": (CONSTANT, 1000, "float64", ALL),
     "constant, in single precision": (CONSTANT, 300, "float32", "are 3e.38 times as far out"),
+    "it grows": (lambda x: jnp.exp(jnp.sum(x)), 300, "float64", "as far out as they started"),
     "finite at the start alone": (
         lambda x: jnp.where(jnp.all(x == 1), 0.0, jnp.nan),
         20,
@@ -237,6 +238,21 @@ def test_an_improper_density_is_told(name):
     logdensity_fn, num_warmup, dtype, words = IMPROPER[name]
     with pytest.warns(UserWarning, match=f"This run saw .*{words}.* Is the density improper"):
         under(logdensity_fn, num_warmup, jnp.ones(2, dtype))
+
+
+def test_chains_that_stand_still_are_told():
+    gaussian = lambda x: -0.5 * jnp.sum(x**2)
+    with pytest.warns(
+        UserWarning, match=r"3 of 3 chains stood still .* give more num_warmup"
+    ) as told:
+        probbp.sample(
+            jax.random.key(0),
+            partial(probbp.mala, gaussian),
+            jnp.zeros(2),
+            **OPTIONS | {"num_warmup": 0, "num_samples": 100, "progress_bar": False},
+            initial_step_size=1e6,
+        )
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probbp.samplers.progress import STUCK
 from probbp.types import Tree
 
 TOO_FAR = 1e10
@@ -24,8 +25,8 @@ Measured in five dimensions: MALA's acceptance rate falls from 0.90 to 0.81 wher
 one, and the variance is 15% too large where it is rounded to eight.
 """
 
-FEW_DRAWS = 10
-"""Of fewer draws that all diverged nothing is said."""
+FEW_DRAWS, FEW_TO_MOVE = 10, 100
+"""Of fewer draws it is not said that all diverged, or that their chain stood still."""
 
 
 @contextmanager
@@ -47,18 +48,23 @@ def warn_of_a_run(sample_stats: Any, growth: np.ndarray, reach: float) -> None:
     """Warn of what an improper density, or one that is broken, makes of a run.
 
     Args:
-        sample_stats: ArviZ's group, whose `diverging`, (chain, draw), is read if it is there.
+        sample_stats: ArviZ's group, whose `diverging` and `acceptance_rate`, (chain, draw), are
+            read where they are there.
         growth: (chain,), by what warm-up multiplied the step size.
         reach: where the chains ended, over the scale of where they started.
     """
-    seen = []
-    if "diverging" in sample_stats and sample_stats["diverging"].shape[1] >= FEW_DRAWS:
-        num_lost = int(np.sum(np.all(sample_stats["diverging"].values, axis=1)))
-        if num_lost:
-            seen.append(
-                f"all proposals of {num_lost} of {len(growth)} chains diverged (the log density "
-                "is NaN or infinite there)"
-            )
+    seen, num_chains = [], len(growth)
+    num_lost, num_stuck = _lost_and_stuck(sample_stats)
+    if num_lost:
+        seen.append(
+            f"all proposals of {num_lost} of {num_chains} chains diverged (the log density is NaN "
+            "or infinite there)"
+        )
+    if num_stuck:
+        seen.append(
+            f"{num_stuck} of {num_chains} chains stood still (fewer than {STUCK:.0%} of their "
+            "proposals were accepted)"
+        )
     for bound, words in ((growth >= TOO_FAR**2, "grew"), (growth <= TOO_FAR**-2, "shrank")):
         if np.any(bound):
             factor = np.median(growth[bound])
@@ -69,9 +75,19 @@ def warn_of_a_run(sample_stats: Any, growth: np.ndarray, reach: float) -> None:
         warnings.warn(
             f"This run saw that {' and that '.join(seen)}. Is the density improper? Look for a "
             "parameter without a prior, a direction in which it is constant or grows, and overflow "
-            "far out.",
-            stacklevel=3,
+            "far out. If not, give more num_warmup, or starts where its mass is.",
+            stacklevel=4,
         )
+
+
+def _lost_and_stuck(sample_stats):
+    """Count chains whose proposals all diverged, and others that hardly accepted one."""
+    num_draws, is_lost, is_stuck = sample_stats.sizes["draw"], np.zeros(1, bool), np.zeros(1, bool)
+    if "diverging" in sample_stats and num_draws >= FEW_DRAWS:
+        is_lost = np.all(sample_stats["diverging"].values, axis=1)
+    if "acceptance_rate" in sample_stats and num_draws >= FEW_TO_MOVE:
+        is_stuck = ~(np.mean(sample_stats["acceptance_rate"].values, axis=1) >= STUCK) & ~is_lost
+    return int(np.sum(is_lost)), int(np.sum(is_stuck))
 
 
 def warn_of_rounding(logdensity: np.ndarray) -> None:
@@ -89,7 +105,7 @@ def warn_of_rounding(logdensity: np.ndarray) -> None:
             "proposals are accepted, and above one the draws are biased. Leave constants out of "
             "it, compute it in a wider dtype, or use double precision "
             "(jax.config.update('jax_enable_x64', True)).",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
