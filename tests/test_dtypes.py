@@ -5,14 +5,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cheap import equations_of
 from invariance import PASS, largest_z_of
-from tables import ALGORITHMS, EVERY, SAMPLERS, build, members
+from tables import ALGORITHMS, ESTIMATORS, EVERY, SAMPLERS, build, members
 from targets import TARGETS
+from test_optimizer_hosts import PARAMS, TRANSFORMS
 
 import probbp
 from probbp.estimators import forward
+from probbp.ops import feedback, gradient_reversal, rtrl, substitute, sus
 
 HALVES = ("float16", "bfloat16")
 POSITIONS = {
@@ -151,6 +154,83 @@ def test_a_run_in_half_precision():
         assert abs(values.mean()) < 0.25, name
         assert abs(values.std() - 1) < 0.2, name
     assert np.all(np.isfinite(data.sample_stats["lp"].values.astype(float)))
+
+
+def driven(x, scan):
+    def leaky(carry, u):
+        carry = jnp.tanh(x[0, 0, 0] * carry + u)
+        return carry, carry
+
+    return scan(leaky, x[0, 1, 0], jnp.linspace(0, 1, 12, dtype=x.dtype).reshape(4, 3))[0]
+
+
+# Operations of (batch, length, heads, features) and a key, with JAX's own function of them.
+IN_HALF = {
+    "substitute": (lambda x, key: substitute(jnp.round(x), x), jnp.round),
+    "gradient_reversal": (lambda x, key: gradient_reversal(x, 0.5), lambda x: x),
+    "sus": (
+        lambda x, key: sus.dot_product_attention(x, x, x, keep=2, rng_key=key),
+        lambda x: jax.nn.dot_product_attention(x, x, x),
+    ),
+    "rtrl.scan": (lambda x, key: driven(x, rtrl.scan), lambda x: driven(x, jax.lax.scan)),
+    "feedback.dense": (
+        lambda x, key: feedback.dense(x, jnp.eye(3, dtype=x.dtype), jnp.ones((3, 3), x.dtype)),
+        lambda x: x @ jnp.eye(3, dtype=x.dtype),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", IN_HALF)
+def test_an_operation_in_half_precision_has_jax_s_value_and_its_own_derivative(name, dtype):
+    op, own = IN_HALF[name]
+    x = jax.random.normal(jax.random.key(0), (1, 4, 1, 3)).astype(dtype)
+    key = jax.random.key(1)
+    value, expected = op(x, key), own(x)
+    assert value.dtype == expected.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(value.astype(float), expected.astype(float), atol=4 * eps)
+
+    def loss(x):
+        return jnp.sum(op(x, key).astype("float32") ** 2)
+
+    grad, single = jax.grad(loss)(x), jax.grad(loss)(x.astype("float32"))
+    assert grad.dtype == dtype
+    difference = jnp.linalg.norm(grad.astype("float32") - single) / jnp.linalg.norm(single)
+    assert difference < 10 * eps
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@members(ESTIMATORS)
+def test_an_estimator_in_half_precision_has_the_value_and_on_average_the_gradient(name, dtype):
+    params = {"a": jnp.linspace(-1, 1, 6).astype(dtype), "b": jnp.ones((), dtype)}
+    value_and_grad = ESTIMATORS[name].estimator(logdensity_fn)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    values, grads = jax.jit(jax.vmap(value_and_grad, (0, None)))(keys, params)
+    np.testing.assert_array_equal(values, logdensity_fn(params))
+    assert dtypes(grads) == dtypes(params)
+    exact = jax.grad(logdensity_fn)(params)
+    for name, expected in exact.items():
+        leaf = grads[name].astype(float)
+        # One coordinate of one estimate is rounded, which moves the mean by less than that.
+        rounding = float(jnp.finfo(dtype).eps) * jnp.max(jnp.abs(leaf))
+        error = leaf.std(axis=0) / len(keys) ** 0.5
+        assert jnp.all(jnp.abs(leaf.mean(axis=0) - expected.astype(float)) < 4.5 * error + rounding)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@members(TRANSFORMS)
+def test_an_optimizer_keeps_half_precision(name, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    transform = TRANSFORMS[name](params)
+    state = transform.init(params)
+    update = jax.jit(transform.update)
+    for _ in range(3):
+        updates, new = update(jax.grad(logdensity_fn)(params), state, params)
+        assert dtypes(updates) == dtypes(params)
+        assert dtypes(new) == dtypes(state)
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+        params, state = optax.apply_updates(params, updates), new
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,11 @@ def on_lie_algebra(
             )
         slopes = jax.tree.map(_generator, updates, params)
         steps, state = optimizer.update(slopes, state, **extra_args)
-        moves = jax.tree.map(lambda step, w: _rotated(retraction(skew(step)), w) - w, steps, params)
-        return moves, state
+        return jax.tree.map(move, steps, params), state
+
+    def move(step, w):
+        wide = _wide(w)
+        return (_rotated(retraction(skew(_wide(step))), wide) - wide).astype(w.dtype)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -218,9 +221,15 @@ def _generator(grad, w):
             f"A leaf of shape {jnp.shape(w)} is no matrix and cannot rotate. Give it another "
             "optimiser by optax.partition."
         )
+    grad, w = _wide(grad), _wide(w)
     if w.shape[-2] < w.shape[-1]:
         return skew(jnp.swapaxes(w, -1, -2) @ grad)
     return skew(grad @ jnp.swapaxes(w, -1, -2))
+
+
+def _wide(x):
+    """Cast half precision to single: linear equations are not solved in it, nor squares kept."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def _rotated(rotation, w):
