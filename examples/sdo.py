@@ -35,7 +35,7 @@ network = diffusion.train(
     diffusion.Denoiser((64,), width=192, num_blocks=2, rngs=nnx.Rngs(0)),
     digits[100:],
     schedule,
-    num_steps=600,
+    num_steps=800,
     progress_bar=sys.stderr.isatty(),
 ).network
 path = sdo.gaussian_path(np.cov(np.asarray(digits).T))

@@ -99,13 +99,13 @@ def main():
     found = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for name, algorithm, options in (
-            ("surrogate", probbp.surrogate, {"num_warmup": 1015, "num_samples": 300}),
+            ("surrogate", probbp.surrogate, {"num_warmup": 1450, "num_samples": 400}),
             (
                 "random walk",
                 random_walk,
                 {
-                    "num_warmup": 700,
-                    "num_samples": 615,
+                    "num_warmup": 1000,
+                    "num_samples": 850,
                     "metric": "dense",
                     "target_acceptance_rate": 0.234,
                     "initial_step_size": 0.01,
