@@ -131,7 +131,14 @@ def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(progress, "add", weighed)
     algorithm = partial(probbp.mala, lambda x: -0.5 * jnp.sum(x**2))
-    options = {"num_warmup": 0, "num_samples": 400, "every": 20, "metric": None, "num_chains": 2}
+    options = {
+        "num_warmup": 0,
+        "num_samples": 400,
+        "every": 20,
+        "metric": None,
+        "initial_step_size": 0.01,
+        "num_chains": 2,
+    }
     probbp.sample(
         jax.random.key(0),
         algorithm,
