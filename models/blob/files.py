@@ -54,11 +54,9 @@ def save(
                 options=ocp.args.JsonSave(_metadata(lora)),
             )
             checkpointer.save(os.path.abspath(path), items)
-    elif format == "safetensors":
+    else:
         arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
         _safetensors().numpy.save_file(arrays, path, metadata=_metadata(lora))
-    else:
-        raise ValueError(f"format must be 'safetensors' or 'orbax', got {format!r}.")
 
 
 def load(lora: BayesianLora, path: str | os.PathLike[str]) -> dict[str, jax.Array]:

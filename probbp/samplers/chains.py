@@ -2,22 +2,21 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from probbp.checks import check_rng_key
+from probbp.checks import check_count, check_rng_key
 from probbp.runs.devices import devices
-from probbp.runs.fingerprints import fingerprint
 from probbp.runs.loop import opened
 from probbp.samplers import checks
 from probbp.samplers.adaptation import Metric
 from probbp.samplers.algorithm import check_algorithm
 from probbp.samplers.endings import advice_on_memory, warn_of_a_run
 from probbp.samplers.phases import DRAWS, Phases, shapes_of_a_state, sink_of
-from probbp.samplers.plan import plan, start_of
+from probbp.samplers.plan import plan, prints_of, start_of
 from probbp.samplers.results import result
 from probbp.samplers.streams import check_names
 from probbp.samplers.tuning import tuning
@@ -140,6 +139,7 @@ def sample(
     checks.check_folder("checkpoint", checkpoint)
     checks.check_folder("stream", stream)
     check_algorithm(algorithm, metric, on_density=True)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     start = start_of(rng_key, position, dispersion)
     tuned = tuning(
         algorithm,
@@ -165,9 +165,7 @@ def sample(
     )
     if checkpoint is not None or stream is not None:
         check_names(settled.template)
-    settings = settled.settings | {"coords": coords, "dims": dims}
-    values = rng_key, settled.schedule, start.position
-    prints = cache(lambda: fingerprint(settled.described, values, settings))
+    prints = cache(partial(prints_of, settled, rng_key, coords, dims))
     on = devices(mesh, num_chains)
     with (
         advice_on_memory(),

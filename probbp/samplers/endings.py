@@ -19,11 +19,7 @@ So is a step size that grew or shrank by its square, as that is the square of a 
 """
 
 COARSE = 0.5
-"""Of a log density that is rounded by more a run warns.
-
-Measured in five dimensions: MALA's acceptance rate falls from 0.90 to 0.81 where it is rounded to
-one, and the variance is 15% too large where it is rounded to eight.
-"""
+"""Of a log density that is rounded by more a run warns: its differences decide on acceptance."""
 
 FEW_DRAWS, FEW_TO_MOVE = 10, 100
 """Of fewer draws it is not said that all diverged, or that their chain stood still."""

@@ -124,11 +124,9 @@ class Phases(NamedTuple):
                 stacklevel=4,
             )
             return step_size, 0.0
-        start, (end, logdensity) = (
-            self.plan.start,
-            self.on.get((states.position, states.logdensity)),
-        )
+        end, logdensity = self.on.get((states.position, states.logdensity))
         warn_of_rounding(logdensity)
+        start = self.plan.start
         return step_size, distance(end, start.position, start.dispersion)
 
     def _stretches(self, rng_key, carry, learnt, step_size):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from probbp.checks import check_count, check_number
+from probbp.runs.fingerprints import fingerprint
 from probbp.runs.loop import NUM_UPDATES
 from probbp.samplers import checks
 from probbp.samplers.programs import Programs, latest, step_keys
@@ -54,7 +55,7 @@ class Plan(NamedTuple):
         carry: shapes of what warm-up carries.
         template: the object that is returned, of one draw.
         described: names to programs and their arguments: what a checkpoint is of.
-        settings: names to numbers and labels: the same.
+        settings: names to numbers: the same.
     """
 
     num_warmup: int
@@ -117,7 +118,6 @@ def plan(
     num_chains = check_count("num_chains", num_chains)
     thinning = check_count("thinning", thinning)
     every = None if every is None else check_count("every", every)
-    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(
             f"mesh must be one of JAX, such as jax.make_mesh((8,), ('chains',)), got {mesh!r}."
@@ -180,6 +180,14 @@ def plan(
         described,
         sizes | {"num_warmup": num_warmup, "every": chunk},
     )
+
+
+def prints_of(
+    plan: Plan, rng_key: jax.Array, coords: dict[str, Any] | None, dims: dict[str, Any] | None
+) -> dict[str, str]:
+    """Return the fingerprint of a run; the arguments are those of `sample`."""
+    values = rng_key, plan.schedule, plan.start.position
+    return fingerprint(plan.described, values, plan.settings | {"coords": coords, "dims": dims})
 
 
 def _template(result, draws, step_size):

@@ -56,8 +56,6 @@ def tuning(
     """
     if num_warmup is not None:
         num_warmup = check_count("num_warmup", num_warmup, 0)
-    if batch_size is not None:
-        batch_size = check_count("batch_size", batch_size)
     num_steps = OWN_NUM_WARMUP if num_warmup is None else num_warmup
     own = own_warmup(algorithm, num_steps, batch_size=batch_size)
     if own is not None:
