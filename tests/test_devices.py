@@ -5,8 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
+from threading import Barrier, Thread
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,7 @@ def run(file, environment, num_processes, *options):
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     with np.load(file) as result:
         return result["beta"], result["lp"]
 
@@ -92,6 +95,24 @@ def test_processes(num_processes, options, environment, tmp_path):
         states = folder / checkpoints.STATES
         shutil.rmtree(max(states.iterdir(), key=lambda path: int(path.name)))
         close(many_devices.draw(checkpoint=folder, num_warmup=0), draw(0))
+
+
+def test_who_does_not_write_waits_for_the_writer(tmp_path):
+    """Else one process finds no folder, and the other one finds it."""
+    together, found = Barrier(2), []
+    on = devices(None, 1)._replace(wait=lambda _: together.wait(30))
+
+    def other():
+        with checkpoints.only_writer(tmp_path / "run", on._replace(writes=False)):
+            found.append((tmp_path / "run").exists())
+
+    thread = Thread(target=other)
+    thread.start()
+    time.sleep(0.2)
+    assert not found
+    with checkpoints.only_writer(tmp_path / "run", on):
+        thread.join(30)
+    assert found == [True]
 
 
 def test_the_draws_on_a_mesh():

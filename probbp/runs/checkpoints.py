@@ -129,7 +129,8 @@ def only_writer(
 
     By a lock on a file, which the system takes back from a process that is killed. The file is
     removed at the end; one that a killed process left behind holds nothing. Windows has no such
-    locks, and nothing is held there.
+    locks, and nothing is held there. Processes that don't write wait for the one that does: what it
+    makes or finds in the folder, they all find.
 
     Args:
         folder: of the run.
@@ -140,6 +141,7 @@ def only_writer(
         BlockingIOError: where another run has it.
     """
     if sys.platform == "win32" or not on.writes:
+        on.wait("probbp writer")
         yield
         return
     path = Path(f"{os.path.realpath(folder)}{LOCK}" if is_beside else Path(folder, STATES + LOCK))
@@ -152,6 +154,7 @@ def only_writer(
             "call again, or name a folder of its own",
         )
     try:
+        on.wait("probbp writer")
         yield
     finally:
         path.unlink(missing_ok=True)
