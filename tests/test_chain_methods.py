@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from chain_methods import WAYS, check
 
-QUICK = {("vectorized", "resume"), ("vectorized", "inside_jit")}
+QUICK = {("vectorized", "resume")}
 
 
 @pytest.mark.parametrize(

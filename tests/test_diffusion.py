@@ -413,6 +413,7 @@ def stop(done):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     whole = train(None)
     folder = tmp_path / "run"

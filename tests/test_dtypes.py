@@ -9,7 +9,7 @@ import optax
 import pytest
 from cheap import equations_of
 from invariance import PASS, largest_z_of
-from tables import ALGORITHMS, ESTIMATORS, EVERY, SAMPLERS, build, members
+from tables import ALGORITHMS, ESTIMATORS, EVERY, build, members
 from targets import TARGETS
 from test_optimizer_hosts import PARAMS, TRANSFORMS
 
@@ -38,7 +38,9 @@ def dtypes(tree):
     ("name", "position"),
     [
         *(
-            pytest.param(name, "all", marks=() if name in SAMPLERS else pytest.mark.slow)
+            pytest.param(
+                name, "all", marks=() if name in ("mala", "pc_line_fmala") else pytest.mark.slow
+            )
             for name in EVERY
             if "wrong" not in name
         ),
@@ -181,7 +183,7 @@ IN_HALF = {
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", IN_HALF)
+@members(IN_HALF, quick=["sus", "feedback.dense"])
 def test_an_operation_in_half_precision_has_jax_s_value_and_its_own_derivative(name, dtype):
     op, own = IN_HALF[name]
     x = jax.random.normal(jax.random.key(0), (1, 4, 1, 3)).astype(dtype)
@@ -201,7 +203,7 @@ def test_an_operation_in_half_precision_has_jax_s_value_and_its_own_derivative(n
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@members(ESTIMATORS)
+@members(ESTIMATORS, quick=["reverse", "gaussian", "controlled"])
 def test_an_estimator_in_half_precision_has_the_value_and_on_average_the_gradient(name, dtype):
     params = {"a": jnp.linspace(-1, 1, 6).astype(dtype), "b": jnp.ones((), dtype)}
     value_and_grad = ESTIMATORS[name].estimator(logdensity_fn)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import members
 
 import probbp
 from probbp.samplers import progress, scan, sinks
@@ -167,7 +168,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("option", ["checkpoint", "stream"])
+@pytest.mark.parametrize("option", [pytest.param("checkpoint", marks=pytest.mark.slow), "stream"])
 def test_a_full_disk_is_one_sentence(error, option, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     words = {
@@ -233,7 +234,7 @@ def under(logdensity_fn, num_warmup, position):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-@pytest.mark.parametrize("name", IMPROPER)
+@members(IMPROPER, quick=list(IMPROPER)[:2])
 def test_an_improper_density_is_told(name):
     logdensity_fn, num_warmup, dtype, words = IMPROPER[name]
     with pytest.warns(UserWarning, match=f"This run saw .*{words}.* Is the density improper"):
@@ -255,7 +256,10 @@ def test_chains_that_stand_still_are_told():
     assert told[0].filename == __file__
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize(
+    "scale",
+    [pytest.param(1e-8, marks=pytest.mark.slow), 1.0, pytest.param(1e8, marks=pytest.mark.slow)],
+)
 def test_a_proper_density_of_any_scale_is_not(scale):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -47,7 +47,7 @@ def draw_whole(rng_key, num):
 WHOLE = PLAIN._replace(logdensity_fn=broken_in_four_places, draw=draw_whole)
 
 
-@members([*PROGRAMS, *LEARNING], quick=[*SAMPLERS, *LEARNING])
+@members([*PROGRAMS, *LEARNING], quick=["mala", "pc_line_fmala", *LEARNING])
 def test_what_is_no_number_is_never_entered_and_the_rest_is_exact(name):
     key = jax.random.key(list(ALGORITHMS).index(name))
     algorithm = build(name, broken_in_four_places)
@@ -74,7 +74,7 @@ def test_a_chain_that_takes_what_is_no_number_is_seen():
 
 @members(
     ["mala, forward", "mala, shared", "fmala", "line_fmala", "pc_fmala"],
-    quick=["mala, shared", "line_fmala"],
+    quick=["mala, shared"],
 )
 def test_estimates_that_fail_at_random_leave_the_target_alone(name):
     """One estimate in five is NaN or infinite; no chain stands still at one."""
@@ -96,7 +96,7 @@ def test_estimates_that_fail_at_random_leave_the_target_alone(name):
     assert np.any(infos.is_accepted[100:])
 
 
-@members([*PROGRAMS, *LEARNING], quick=SAMPLERS)
+@members([*PROGRAMS, *LEARNING], quick=["mala", "line_fmala"])
 def test_a_step_in_the_density_is_kept(name):
     """Three quarters of the mass lie beyond a jump that no gradient sees."""
 

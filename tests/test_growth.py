@@ -167,6 +167,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path):
         run(host, max_sets=3, checkpoint=tmp_path / "notes")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_belongs_to_all_that_a_host_is_made_of():
     """Data, loss, start and options: as a run is told from another."""
 

@@ -126,7 +126,7 @@ def after(num, error):
     return act
 
 
-@users(quick=list(USERS))
+@users(quick=["sample", "train", "grow"])
 def test_what_was_interrupted_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     words = re.escape(f"Interrupted: the same call goes on from the last state in {tmp_path}")
     words = words.replace("state\\ in", "state\\ that\\ was\\ saved\\ in")

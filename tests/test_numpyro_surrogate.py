@@ -40,10 +40,7 @@ def unrefined():
 
 @pytest.fixture(scope="module")
 def pooled():
-    """A run, its warm-up alone first."""
     mcmc = mcmc_of()
-    mcmc.warmup(jax.random.key(0), Y)
-    assert int(mcmc.last_state.i[0]) == 600
     mcmc.run(jax.random.key(1), Y, extra_fields=("potential_energy", "accept_prob"))
     return mcmc
 
@@ -61,9 +58,13 @@ def test_a_run_has_the_right_moments_and_says_what_it_cost(pooled):
     assert len(np.unique(pooled.last_state.adapt_state.step_size)) == 1
 
 
-def test_a_run_goes_on_from_its_last_state(pooled):
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_warm_up():
     """With nothing learned again, and draws of the same law."""
-    again = pooled.last_state
+    first = mcmc_of()
+    first.warmup(jax.random.key(0), Y)
+    again = first.last_state
+    assert int(again.i[0]) == 600
     other = mcmc_of()
     other.post_warmup_state = again
     other.run(jax.random.key(1), Y)

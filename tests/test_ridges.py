@@ -66,6 +66,7 @@ def test_a_fit_predicts_what_it_has_not_seen():
     assert jnp.std(error) < 0.1 * jnp.std(values)
 
 
+@pytest.mark.slow
 def test_a_gaussian_needs_no_ridges():
     z = jax.random.normal(KEY, (300, 3))
     fitted = regression.fit_ridges(KEY, z, -jnp.sum(z**2, axis=1) / 2, -z, jnp.array(-5.0))

@@ -118,6 +118,7 @@ def test_a_stream_has_the_draws_and_their_moments(plain, tmp_path):
     assert set(summary.index) == {"a[first]", "a[second]"}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_run(tmp_path, monkeypatch):
     """Of a stream the host holds one piece at a time, of twenty."""
     sizes, add = [], progress.add

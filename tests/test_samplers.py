@@ -58,7 +58,7 @@ def slow_if(condition):
         pytest.param(name, seed, dtype, target, marks=slow_if(name not in quick))
         for seed, dtype, target, quick in (
             (0, "float64", "g2", ["line_fmala", "pc_line_fmala"]),
-            (0, "float64", "f10", [*PROGRAMS, *LEARNING]),
+            (0, "float64", "f10", [*KINDS, *LEARNING]),
             (1, "float32", "f2", UNLIKE),
             (2, "float64", "mix", ["mala", "line_fmala"]),
         )
@@ -188,7 +188,7 @@ def test_a_value_that_depends_on_the_key_is_refused(name):
     ("name", "scale"),
     [
         *(
-            pytest.param(name, "dense", marks=slow_if("plane, held" in name or name not in KINDS))
+            pytest.param(name, "dense", marks=slow_if(name not in SAMPLERS))
             for name in EVERY
             # A field of the position itself has no coordinates to change.
             if "wrong" not in name and "controlled" not in name

@@ -484,6 +484,7 @@ def test_values_refine_the_map_where_no_draw_has_been(dtype):
         assert spread(refined, 3.0) < spread(first, 3.0)
 
 
+@pytest.mark.slow
 def test_what_the_map_leaves_widens_it():
     """A Gaussian that fits is kept as it is, one that does not is a tenth wider."""
     z = jax.random.normal(KEY, (400, 3))
