@@ -38,13 +38,14 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
-# Programs that were compiled once are kept for the next run and for the other workers, whatever
-# their size. JAX looks them up by the program, its options and its own version; one that can't be
-# read is compiled, with a warning that pyproject.toml lets pass.
+# Programs that were long to compile are kept for the next run and for the other workers; to write
+# the many small ones would cost a first run a tenth. JAX looks them up by the program, its options
+# and its own version; one that can't be read is compiled, with a warning that pyproject.toml lets
+# pass.
 CACHE = Path(__file__).parents[1] / "build" / "jax_cache" / _processor()
 for name, value in {
     "jax_compilation_cache_dir": str(CACHE),
-    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_compile_time_secs": 0.15,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }.items():
     jax.config.update(name, value)
