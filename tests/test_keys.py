@@ -1,6 +1,9 @@
 """Keys: of the older kind they serve as well, what is none is told, at every public door."""
 
+import doctest
 import inspect
+import re
+import sys
 from functools import partial
 
 import jax
@@ -169,6 +172,33 @@ def doors():
         is_traced = name.startswith(("probbp.samplers.", "probbp.types."))
         if "rng_key" in inspect.signature(fun).parameters and not is_traced:
             yield name, fun
+
+
+KNOWN = {name.rpartition(".")[2] for name in DOORS}
+NEW = "random.key("
+OTHERS = {name: fun for name, fun in doors() if name.rpartition(".")[2] not in KNOWN}
+
+
+def example_of(name):
+    """Return the example of a door, or another of its room that goes through it."""
+    fun, short = OTHERS[name], name.rpartition(".")[2]
+    room = fun.__module__.rpartition(".")[0]
+    modules = [fun.__module__, *(m for m in list(sys.modules) if m.startswith(f"{room}."))]
+    for module in map(sys.modules.get, modules):
+        for test in doctest.DocTestFinder().find(module):
+            source = "".join(example.source for example in test.examples)
+            if re.search(rf"\b{short}\(", source) and NEW in source:
+                return test
+    raise AssertionError(f"{name} is in no example")
+
+
+@members(OTHERS, quick=["probbp.models.feedback.linen_weights"])
+def test_an_example_of_a_door_runs_with_keys_of_the_older_kind(name):
+    """And prints the same numbers."""
+    test = example_of(name)
+    for example in test.examples:
+        example.source = example.source.replace(NEW, "random.PRNGKey(")
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_every_door_looks_at_its_key_first():

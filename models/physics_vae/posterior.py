@@ -129,6 +129,20 @@ def pareto_k(
     Returns:
         (records,).
 
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist, optax
+        >>> from probbp.models.physics_vae import continuous, physics_vae, svi
+        >>> times = jnp.linspace(0, 3, 16)
+        >>> physics = lambda parameters: jnp.exp(-parameters["rate"] * times)
+        >>> rate, c = jnp.linspace(0.5, 2, 64), jnp.tile(jnp.array([0.0, 1.0]), 32)[:, None]
+        >>> x = jax.vmap(physics)({"rate": rate}) + 0.2 * c
+        >>> priors = {"rate": dist.LogNormal(0.0, 0.5)}
+        >>> vae = physics_vae(physics, priors, x, domain=continuous(c), domain_dim=1)
+        >>> optimiser = svi(vae, optax.adam(3e-3), strength=0.0)
+        >>> result = optimiser.run(jax.random.key(0), 300, x, c, progress_bar=False)
+        >>> pareto_k(vae, jax.random.key(1), result.params, x[:3], c[:3], num_samples=200).shape
+        (3,)
+
     Reference:
         Yao, Vehtari, Simpson & Gelman, 2018, arXiv:1802.02538.
     """
