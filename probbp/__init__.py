@@ -4,6 +4,7 @@ A gradient is an estimate, and inference should be free to choose it.
 """
 
 from importlib.metadata import version
+from pathlib import Path
 
 from probbp import estimators
 from probbp.samplers.adaptation import warmup
@@ -16,6 +17,10 @@ from probbp.samplers.surrogate import surrogate
 from probbp.samplers.surrogate.evidence import log_evidence
 
 __version__ = version("probbp")
+
+# In a checkout without links, where `probbp/models` is a file, models are found where it leads.
+if not Path(__file__).with_name("models").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "checkpointed_scan",
