@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import arviz
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,9 @@ from probbp.diagnostics import from_blackjax, simulation_based_calibration
 from probbp.diagnostics.gradients import gradient_quality
 from probbp.diagnostics.names import leaf_names
 from probbp.estimators import forward
+from probbp.inference_data import IS_TREE
 from probbp.samplers import sinks
 
-IS_TREE = int(arviz.__version__.split(".")[0]) >= 1
 SCHOOLS = list("abcdefgh")
 ONE, EIGHT = jnp.zeros(()), jnp.zeros(8)
 

@@ -1,4 +1,4 @@
-"""What is built and installed: sources alone, in nobody's way, also from a checkout without links."""
+"""What is built and installed: sources alone, in nobody's way, with or without links."""
 
 import os
 import subprocess

@@ -15,14 +15,15 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "types": set(),
     "checks": set(),
+    "inference_data": set(),
     "estimators": {"types", "checks"},
     "ops": {"types", "checks"},
     "runs": {"types", "checks"},
     "samplers": {"types", "checks", "runs"},
     "optim": {"types", "checks"},
-    "diagnostics": {"types", "checks"},
+    "diagnostics": {"types", "checks", "inference_data"},
     "numpyro": {"types", "checks", "samplers"},
-    "models": {"checks", "ops", "runs"},
+    "models": {"checks", "inference_data", "ops", "runs"},
 }
 # What a room gets from its hosts.
 HOSTS = {
@@ -37,7 +38,6 @@ HOSTS = {
         "scipy",
         "optax",
         "tqdm",
-        "arviz",
         "xarray",
         "matplotlib",
         "numpyro",
@@ -45,13 +45,12 @@ HOSTS = {
     "numpyro": {"jax", "numpyro", "blackjax", "optax"},
     "types": {"jax"},
     "checks": {"jax", "numpy"},
+    "inference_data": {"arviz", "arviz_stats", "numpy"},
     "models": {
         "jax",
         "numpy",
         "numpyro",
         "optax",
-        "arviz",
-        "arviz_stats",
         "tqdm",
         "flax",
         "equinox",

@@ -77,16 +77,14 @@ def to_arviz(draws: Mapping[str, Any], observed: Mapping[str, Any] | None = None
         An `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) with
         `posterior_predictive` and, where given, `observed_data`.
     """
-    import arviz
+    from probbp.inference_data import from_groups
 
     groups: dict[str, Any] = {
         "posterior_predictive": {name: np.asarray(draw)[None] for name, draw in draws.items()}
     }
     if observed:
         groups["observed_data"] = {name: np.asarray(value) for name, value in observed.items()}
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict(groups)
-    return arviz.from_dict(**groups)
+    return from_groups(groups)
 
 
 def merge(

@@ -146,6 +146,8 @@ def pareto_k(
     Reference:
         Yao, Vehtari, Simpson & Gelman, 2018, arXiv:1802.02538.
     """
+    from probbp.inference_data import pareto_shapes
+
     check_rng_key("rng_key", rng_key)
     num_samples = check_count("num_samples", num_samples)
     options = {"known": known, "heads": False}
@@ -163,17 +165,4 @@ def pareto_k(
 
     keys = jax.random.split(rng_key, num_samples)
     ratios = jax.jit(lambda keys: jax.lax.map(log_ratio, keys))(keys)
-    return _psis_k(np.asarray(ratios).T)
-
-
-def _psis_k(log_ratios):
-    """Return the tails' shapes of log ratios (records, draws)."""
-    import arviz
-
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        # Python 3.11, for which types are checked, has no such package.
-        from arviz_stats.base.array import array_stats  # pyright: ignore[reportMissingImports]
-
-        # It takes log likelihoods, the negative log ratios of leaving one out.
-        return np.asarray(array_stats.psislw(-log_ratios)[1])
-    return np.asarray(arviz.psislw(log_ratios)[1])
+    return pareto_shapes(np.asarray(ratios).T)

@@ -95,7 +95,7 @@ def to_arviz(draws: Mapping[str, Any], observed: Mapping[str, Any] | None = None
         An `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x): `x`, `c` and `y` in
         `posterior_predictive`, latents and the split of the response in `posterior`.
     """
-    import arviz
+    from probbp.inference_data import from_groups
 
     groups: dict[str, Any] = {"posterior": {}, "posterior_predictive": {}}
     for name, draw in draws.items():
@@ -103,7 +103,4 @@ def to_arviz(draws: Mapping[str, Any], observed: Mapping[str, Any] | None = None
         groups[group][name] = np.asarray(draw)[None]
     if observed:
         groups["observed_data"] = {name: np.asarray(value) for name, value in observed.items()}
-    groups = {name: group for name, group in groups.items() if group}
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict(groups)
-    return arviz.from_dict(**groups)
+    return from_groups({name: group for name, group in groups.items() if group})

@@ -1,26 +1,21 @@
-"""The door to ArviZ: chains of any BlackJAX sampler as the object that the installed ArviZ reads.
-
-ArviZ 0.23 holds an `InferenceData`, ArviZ 1 an `xarray.DataTree`; their `from_dict` take different
-arguments under one name. This adapter serves both.
-"""
+"""Chains of any BlackJAX sampler as the object that the installed ArviZ reads."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import arviz
 import jax
 import numpy as np
 
 from probbp.checks import check_function
 from probbp.diagnostics.labels import (
-    SAMPLE_DIMS,
     check_all_there,
     check_slashes,
     checked_coords,
     checked_dims,
 )
 from probbp.diagnostics.names import leaf_names
+from probbp.inference_data import IS_TREE, from_groups
 from probbp.types import Tree
 
 # A BlackJAX info's field, and the name under which ArviZ knows it.
@@ -121,31 +116,11 @@ def _converted(groups, coords, dims):
     """Hand variables to the installed ArviZ; nothing that it is given is lost."""
     dims = checked_dims(dims, groups)
     coords = checked_coords(coords, dims, groups)
-    is_tree = int(arviz.__version__.split(".")[0]) >= 1
-    if is_tree:
+    if IS_TREE:
         check_slashes(dims, groups)
-        # Else it takes many short chains for a mistake in the axes, and warns.
-        data = arviz.from_dict(groups, coords=coords, dims=dims, check_conventions=False)
-    else:
-        datasets = {k: _dataset(variables, coords, dims) for k, variables in groups.items()}
-        data = arviz.InferenceData(None, False, **datasets)
+    data = from_groups(groups, coords, dims)
     check_all_there(data, groups)
     return data
-
-
-def _dataset(variables, coords, dims):
-    """Return what ArviZ 0.23's `from_dict` makes of a group.
-
-    That takes many short chains for a mistake in the axes, and warns; with all dimensions named
-    there is nothing to mistake. To silence it would not be safe with several threads.
-    """
-    named = {}
-    for name, value in variables.items():
-        given = dims.get(name, [])
-        given = [*given, *[None] * (value.ndim - 2 - len(given))]
-        rest = [f"{name}_dim_{i}" if dim is None else dim for i, dim in enumerate(given)]
-        named[name] = [*SAMPLE_DIMS, *rest]
-    return arviz.dict_to_dataset(variables, coords=coords, dims=named, default_dims=[])
 
 
 def _known_to_numpy(value: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-SAMPLE_DIMS = ("chain", "draw")
+from probbp.inference_data import SAMPLE_DIMS
 
 
 def checked_dims(
