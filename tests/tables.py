@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import probbp
-from probbp.estimators import averaged, control_variate, forward, reverse, through
+from probbp.estimators import averaged, control_variate, forward, reverse, spsa, through
 from probbp.ops import dendrites, feedback, gradient_reversal, rate, rtrl, sdo, substitute, sus
 from probbp.types import Estimator, keyed
 
@@ -67,6 +67,7 @@ ESTIMATORS = {
     "unit": Member(forward(num_tangents=4, tangents="unit"), lambda d: (d - 1) / 4),
     "orthogonal": Member(forward(num_tangents=4, tangents="orthogonal"), lambda d: d / 4 - 1),
     "in batches": Member(forward(num_tangents=5, batch_size=2), lambda d: (d + 1) / 5),
+    "spsa": Member(spsa(num_pairs=4), lambda d: (d - 1) / 4),
     "averaged": Member(averaged(forward(num_tangents=2), 3), lambda d: (d + 1) / 6),
     "averaged in batches": Member(
         averaged(forward(tangents="unit"), 4, batch_size=2), lambda d: (d - 1) / 4

@@ -417,6 +417,9 @@ DOORS = {
     "probbp.estimators.forward": Door(
         estimators.forward, {"num_tangents": COUNT, "tangents": CHOICE, "batch_size": COUNT}
     ),
+    "probbp.estimators.spsa": Door(
+        estimators.spsa, {"num_pairs": COUNT, "size": POSITIVE, "batch_size": COUNT}
+    ),
     "probbp.estimators.averaged": Door(
         lambda **o: estimators.averaged(estimators.reverse(), **o),
         {"num": COUNT, "batch_size": COUNT},

@@ -7,7 +7,7 @@ import optax
 import pytest
 from tables import ESTIMATORS, Member, members
 
-from probbp.estimators import averaged, control_variate, forward, reverse, through
+from probbp.estimators import averaged, control_variate, forward, reverse, spsa, through
 from probbp.ops import substitute
 
 D = 12  # parameters of `fun`, in two leaves of different shape
@@ -179,6 +179,29 @@ def test_forward_accepts_loops_of_dynamic_length():
     exact = forward(num_tangents=3, tangents="orthogonal")
     _, grad = exact(loop)(jax.random.key(0), jnp.ones(3))
     np.testing.assert_allclose(grad, 64.0)
+
+
+def on_host(x):
+    """A function of which JAX knows nothing but values."""
+    out = jax.ShapeDtypeStruct((), x.dtype)
+    return jax.pure_callback(lambda x: np.sum(x**2, -1), out, x, vmap_method="expand_dims")
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_values_alone_are_enough_for_spsa(batch_size):
+    """Of one parameter of a parabola the estimate is the gradient, whatever the step."""
+    x = jnp.array([3.0])
+    for size in (None, 1e-3, 10.0):
+        estimator = spsa(5, size=size, batch_size=batch_size)
+        value, grad = jax.jit(estimator(on_host))(jax.random.key(0), x)
+        assert value == 9
+        np.testing.assert_allclose(grad, 6.0, rtol=1e-6)
+
+
+def test_a_step_of_spsa_that_rounding_swallows_is_told():
+    """And no gradient of zero."""
+    _, grad = spsa()(jnp.sum)(jax.random.key(0), jnp.array([1e12, 1.0]))
+    assert not jnp.isfinite(grad[0])
 
 
 def test_through_starts_its_state_afresh():
