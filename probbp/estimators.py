@@ -233,9 +233,8 @@ def _spsa(
 
 def _ends(size: float | None, x: jax.Array, signs: jax.Array) -> jax.Array:
     """Return x + c s and x - c s, whose distance is what rounding leaves of 2 c."""
-    if size is None:
-        size = float(jnp.finfo(x.dtype).eps) ** (1 / 3)
-    move = (size * signs).astype(x.dtype)
+    distance = float(jnp.finfo(x.dtype).eps) ** (1 / 3) if size is None else size
+    move = (distance * signs).astype(x.dtype)
     return jnp.stack([x + move, x - move])
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ import probbp
 from probbp.estimators import forward
 from probbp.models import growth
 from probbp.models.growth.acceptance import Proposal
-from probbp.models.growth.machine import Fit, Host
+from probbp.models.growth.machine import Fit
 from probbp.numpyro import Optim
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate
@@ -107,8 +108,17 @@ def host():
         return Fit((fit.state[0], jnp.zeros((), int)), {"layer": there})
 
     first = partial(like, {"layer": []})
-    programs = lambda fit: {}
-    return Host(first, like, epoch, propose, grow, lambda fit: fit.state, None, None, programs)
+    return SimpleNamespace(
+        init=first,
+        like=like,
+        epoch=epoch,
+        propose=propose,
+        grow=grow,
+        params=lambda fit: fit.state,
+        layer=None,
+        max_sets=None,
+        programs=lambda fit: {},
+    )
 
 
 def grown(folder, length):

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import equinox
@@ -210,6 +211,14 @@ def built(**options):
     return physics_vae.physics_vae(lambda p: p["a"] * jnp.ones(2), prior, x, **options)
 
 
+def searching(options):
+    """Options, of which those of a `Search` are put into one."""
+    names = growth.Search._fields
+    search = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return rest | ({"search": growth.Search(**search)} if search else {})
+
+
 def grown(**options):
     params = {"w": np.ones((2, 1))}
 
@@ -217,12 +226,12 @@ def grown(**options):
         return jnp.mean((layer("a", batch[0], params["w"]) - batch[1]) ** 2)
 
     data = np.ones((4, 2)), np.ones((4, 1))
-    options = {"batch_size": 2} | options
+    options = {"batch_size": 2} | searching(options)
     return growth.from_loss(loss_fn, params, optax.sgd(0.1), data, data, **options)
 
 
 def host():
-    return growth.machine.Host(*[None] * 7, max_sets=3, programs=None)
+    return SimpleNamespace(max_sets=3)
 
 
 def series(model, **options):
@@ -759,19 +768,23 @@ DOORS = {
             "acceptance": CHOICE,
             "prior_scale": POSITIVE,
             "level": OPEN,
+            "search": (3, {}),
             "num_candidates": COUNT,
             "num_steps": NATURAL,
+            "init_scale": POSITIVE,
         },
     ),
     "probbp.models.growth.from_svi": Door(
-        lambda **o: growth.from_svi(key(), None, None, layers=[], **o),
+        lambda **o: growth.from_svi(key(), None, None, layers=[], **searching(o)),
         {
             "prior_scale": POSITIVE,
             "epoch_steps": COUNT,
             "num_particles": COUNT,
             "num_draws": COUNT,
+            "search": (3, {}),
             "num_candidates": COUNT,
             "num_steps": NATURAL,
+            "init_scale": POSITIVE,
         },
     ),
     "probbp.models.growth.grow": Door(

@@ -11,7 +11,7 @@ unedited, by `from_nnx`), and NumPyro's SVI (`from_svi`).
     logits = network(result.params, x, host.layer(result.dendrites))
 """
 
-from probbp.models.growth.acceptance import Acceptance, Proposal
+from probbp.models.growth.acceptance import Acceptance, Proposal, Search
 from probbp.models.growth.flax import from_nnx
 from probbp.models.growth.loss import from_loss
 from probbp.models.growth.machine import Event, Grown, Host, grow
@@ -25,6 +25,7 @@ __all__ = [
     "Grown",
     "Host",
     "Proposal",
+    "Search",
     "from_loss",
     "from_nnx",
     "from_svi",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from probbp.checks import check_choice, check_count
+from probbp.checks import check_choice, check_count, check_number
 from probbp.ops import dendrites as ops
 from probbp.ops.dendrites import Candidate, Dendrites, Observation
 
@@ -38,31 +38,44 @@ class Proposal(NamedTuple):
 
 
 class Search(NamedTuple):
-    """How candidates are sought, as in `probbp.ops.dendrites.search`.
+    """How candidates are sought: the options of `probbp.ops.dendrites.search`.
 
     Attributes:
-        optimiser: of Optax.
+        optimiser: of Optax, of the candidates.
         score: of a candidate.
         num_candidates: for each neuron.
         num_steps: of the optimiser.
         init_scale: of a candidate's argument at the start.
-        activation: phi.
-        partial_out: whether the score is of what the inputs do not say linearly.
+        activation: phi, of the dendrites.
+        partial_out: whether the score is of what the inputs do not say linearly; the papers' score
+            is without.
+
+    Example:
+        >>> Search(num_steps=50)._replace(partial_out=False).num_candidates
+        4
     """
 
-    optimiser: Any
-    score: Callable[..., jax.Array]
-    num_candidates: int
-    num_steps: int
-    init_scale: float
-    activation: Callable[[jax.Array], jax.Array]
-    partial_out: bool
+    optimiser: Any = optax.adam(0.02)
+    score: Callable[..., jax.Array] = ops.correlation
+    num_candidates: int = 4
+    num_steps: int = 200
+    init_scale: float = 1.0
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+    partial_out: bool = True
 
 
-def checked_search(search: Search) -> Search:
-    """Return a search whose counts are positive; its optimizer is by default Adam at 0.02."""
+def checked_search(search: Search | None) -> Search:
+    """Return a search, the default one for `None`, whose numbers are in range.
+
+    Raises:
+        TypeError: for what is no `Search`.
+        ValueError: for a number out of range.
+    """
+    search = Search() if search is None else search
+    if not isinstance(search, Search):
+        raise TypeError(f"search must be a probbp.models.growth.Search, got {search!r}.")
+    check_number("init_scale", search.init_scale, "(0, inf)")
     return search._replace(
-        optimiser=optax.adam(0.02) if search.optimiser is None else search.optimiser,
         num_candidates=check_count("num_candidates", search.num_candidates),
         num_steps=check_count("num_steps", search.num_steps, 0),
     )

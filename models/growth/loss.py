@@ -1,6 +1,7 @@
 """Growth of any network that takes its layers as an argument, by its loss."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,13 +37,7 @@ def from_loss(
     acceptance: Acceptance = "evidence",
     prior_scale: float = 1.0,
     level: float = 0.05,
-    search_optimiser: optax.GradientTransformation | None = None,
-    score: Callable[..., jax.Array] = ops.correlation,
-    num_candidates: int = 4,
-    num_steps: int = 200,
-    init_scale: float = 1.0,
-    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
-    partial_out: bool = True,
+    search: Search | None = None,
 ) -> Host:
     """Return what `grow` drives: a network, its loss, its optimiser and its data.
 
@@ -54,7 +49,8 @@ def from_loss(
     chosen by one half of the validation rows, and accepted by the other.
 
     By default dendrites start from what the search found and are then trained with all else. The
-    paper's way is to set `freeze=True`, `perforate=True`, `acceptance="all"`, `partial_out=False`.
+    paper's way is to set `freeze=True`, `perforate=True`, `acceptance="all"` and
+    `search=Search(partial_out=False)`.
 
     Args:
         loss_fn: `(params, layer, batch, rng_key) -> mean loss of the batch`, where the network
@@ -72,13 +68,7 @@ def from_loss(
         acceptance: "evidence", "score test", or "all", a dendrite for each neuron.
         prior_scale: tau, of a dendrite's weight, for the evidence.
         level: false discovery rate of the score test.
-        search_optimiser: of the candidates; by default Adam at 0.02.
-        score: of a candidate.
-        num_candidates: for each neuron.
-        num_steps: of the search.
-        init_scale: of a candidate's argument at the start.
-        activation: phi.
-        partial_out: as in `probbp.ops.dendrites.search`; the papers' score is without.
+        search: how candidates are sought; `Search()` by default.
 
     Raises:
         ValueError: for an unknown acceptance or layer, and for too few rows.
@@ -89,61 +79,77 @@ def from_loss(
     check_number("prior_scale", prior_scale, "(0, inf)")
     check_number("level", level, "(0, 1)")
     _check_rows(train, validation, batch_size)
-    searched = search_optimiser, score, num_candidates, num_steps
-    search = checked_search(Search(*searched, init_scale, activation, partial_out))
-    layer_fn = partial(ops.grown, activation=activation, freeze=freeze, perforate=perforate)
+    search = checked_search(search)
+    layer = partial(ops.grown, activation=search.activation, freeze=freeze, perforate=perforate)
     kernels = _kernels(loss_fn, params, train, layers)
-    run_epoch = _epoch_fn(loss_fn, layer_fn, optimiser, batch_size, freeze)
-    run_propose = _propose_fn(
-        loss_fn,
-        layer_fn,
-        list(kernels),
-        partial(
-            propose, search=search, acceptance=acceptance, prior_scale=prior_scale, level=level
-        ),
+    rules = {"acceptance": acceptance, "prior_scale": prior_scale, "level": level}
+    accept = partial(propose, search=search, **rules)
+    return _LossHost(
+        params,
+        kernels,
+        optimiser,
+        freeze,
+        (train, validation),
+        _epoch_fn(loss_fn, layer, optimiser, batch_size, freeze),
+        _propose_fn(loss_fn, layer, list(kernels), accept),
+        layer,
+        slots,
     )
 
-    def fresh(params, dendrites):
-        """Return the network with a new state of the optimiser."""
-        return Fit((params, optimiser.init(_trained(params, dendrites, freeze))), dendrites)
 
-    def like(masks):
+@dataclass(frozen=True)
+class _LossHost:
+    """A network, its loss, its optimiser and its data."""
+
+    first: Any
+    kernels: dict[str, jax.ShapeDtypeStruct]
+    optimiser: optax.GradientTransformation
+    freeze: bool
+    data: tuple[Any, Any]
+    run_epoch: Callable
+    run_propose: Callable
+    layer: Callable
+    max_sets: int | None
+
+    def init(self):
+        return self.like({name: [None] * (self.max_sets or 0) for name in self.kernels})
+
+    def like(self, masks):
         dendrites = {
             name: ops.empty(jnp.zeros(kernel.shape, kernel.dtype), len(masks[name]))
-            for name, kernel in kernels.items()
+            for name, kernel in self.kernels.items()
         }
-        return fresh(params, dendrites)
+        return self._fresh(self.first, dendrites)
 
-    def grow(fit, proposal, slot):
+    def epoch(self, rng_key, fit):
+        return self.run_epoch(rng_key, fit, *self.data)
+
+    def propose(self, rng_key, fit):
+        return self.run_propose(rng_key, fit, *self.data)
+
+    def grow(self, fit, proposal, slot):
         dendrites = {
             name: ops.grow(
                 there,
                 proposal.candidates[name],
                 proposal.masks[name],
                 proposal.weights[name],
-                slot=None if slots is None else slot,
+                slot=None if self.max_sets is None else slot,
             )
             for name, there in fit.dendrites.items()
         }
-        return fresh(fit.state[0], dendrites)
+        return self._fresh(self.params(fit), dendrites)
 
-    def epoch(rng_key, fit):
-        return run_epoch(rng_key, fit, train, validation)
+    def params(self, fit):
+        return fit.state[0]
 
-    def propose_dendrites(rng_key, fit):
-        return run_propose(rng_key, fit, train, validation)
+    def programs(self, fit):
+        return programs_of(self, fit)
 
-    return Host(
-        init=lambda: like({name: [None] * (slots or 0) for name in kernels}),
-        like=like,
-        epoch=epoch,
-        propose=propose_dendrites,
-        grow=grow,
-        params=lambda fit: fit.state[0],
-        layer=layer_fn,
-        max_sets=slots,
-        programs=programs_of(epoch, propose_dendrites),
-    )
+    def _fresh(self, params, dendrites):
+        """Return the network with a new state of the optimiser."""
+        state = self.optimiser.init(_trained(params, dendrites, self.freeze))
+        return Fit((params, state), dendrites)
 
 
 def _epoch_fn(loss_fn, layer_fn, optimiser, batch_size, freeze):

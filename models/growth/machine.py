@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -27,30 +27,46 @@ class Fit(NamedTuple):
     dendrites: dict[str, Dendrites]
 
 
-class Host(NamedTuple):
-    """What the state machine asks of a way to train, from `from_loss` or `from_svi`.
+class Host(Protocol):
+    """What the state machine asks of a way to train: of `from_loss`, `from_svi`, or yours."""
 
-    Attributes:
-        init: `() -> Fit`, without dendrites.
-        like: `masks by name, (slots, n) -> Fit`, of the shapes that such dendrites bring.
-        epoch: `(rng_key, fit) -> (fit, score)`; a higher score is better.
-        propose: `(rng_key, fit) -> Proposal`.
-        grow: `(fit, proposal, slot) -> fit`, with a fresh optimiser; `slot` counts the sets.
-        params: `fit -> parameters`, without the dendrites.
-        layer: `dendrites -> layer`, as the network was trained with it.
-        max_sets: how many sets there is room for, or `None`.
-        programs: `fit -> dict`, functions and their arguments by name: what a checkpoint is of.
-    """
+    @property
+    def max_sets(self) -> int | None:
+        """How many sets there is room for, if that is settled."""
+        ...
 
-    init: Callable[[], Fit]
-    like: Callable[[dict[str, Any]], Fit]
-    epoch: Callable[[jax.Array, Fit], tuple[Fit, jax.Array]]
-    propose: Callable[[jax.Array, Fit], Proposal]
-    grow: Callable[[Fit, Proposal, int], Fit]
-    params: Callable[[Fit], Any]
-    layer: Callable[[dict[str, Dendrites]], Any]
-    max_sets: int | None
-    programs: Callable[[Fit], dict[str, tuple[Callable, tuple]]]
+    @property
+    def layer(self) -> Callable[[dict[str, Dendrites]], Any]:
+        """Return dendrites to the layer that the network was trained with."""
+        ...
+
+    def init(self) -> Fit:
+        """Return the network without dendrites."""
+        ...
+
+    def like(self, masks: dict[str, Any]) -> Fit:
+        """Return a network of the shapes that dendrites with these masks, (slots, n), bring."""
+        ...
+
+    def epoch(self, rng_key: jax.Array, fit: Fit) -> tuple[Fit, jax.Array]:
+        """Train for an epoch; return also the score, of which a higher one is better."""
+        ...
+
+    def propose(self, rng_key: jax.Array, fit: Fit) -> Proposal:
+        """Seek dendrites for the network as it is."""
+        ...
+
+    def grow(self, fit: Fit, proposal: Proposal, slot: int) -> Fit:
+        """Connect them, with a fresh optimiser; `slot` counts the sets."""
+        ...
+
+    def params(self, fit: Fit) -> Any:
+        """Return the parameters without the dendrites."""
+        ...
+
+    def programs(self, fit: Fit) -> dict[str, tuple[Callable, tuple]]:
+        """Return functions and their arguments by name: what a checkpoint is of."""
+        ...
 
 
 class Event(NamedTuple):
@@ -216,18 +232,14 @@ def grow(
     )
 
 
-def programs_of(epoch: Callable, propose: Callable) -> Callable[[Fit], dict[str, tuple]]:
+def programs_of(host: Host, fit: Fit) -> dict[str, tuple[Callable, tuple]]:
     """Return the `programs` of a host whose functions are JAX's."""
-
-    def programs(fit):
-        # Masks may be read on the way, and so they are no arguments.
-        args = jax.random.key(0), fit.state
-        return {
-            "the training or its data": (lambda k, s: epoch(k, Fit(s, fit.dendrites)), args),
-            "the search for dendrites": (lambda k, s: propose(k, Fit(s, fit.dendrites)), args),
-        }
-
-    return programs
+    # Masks may be read on the way, and so they are no arguments.
+    args = jax.random.key(0), fit.state
+    return {
+        "the training or its data": (lambda k, s: host.epoch(k, Fit(s, fit.dendrites)), args),
+        "the search for dendrites": (lambda k, s: host.propose(k, Fit(s, fit.dendrites)), args),
+    }
 
 
 def note(state: State, kind: str, score: float) -> State:

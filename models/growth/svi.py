@@ -6,12 +6,12 @@ and so it needs no validation rows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -37,13 +37,7 @@ def from_svi(
     epoch_steps: int = 100,
     num_particles: int = 64,
     num_draws: int = 16,
-    search_optimiser: optax.GradientTransformation | None = None,
-    score: Callable[..., jax.Array] = ops.correlation,
-    num_candidates: int = 4,
-    num_steps: int = 200,
-    init_scale: float = 1.0,
-    activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
-    partial_out: bool = True,
+    search: Search | None = None,
     **kwargs: Any,
 ) -> Host:
     r"""Return what `grow` drives: a NumPyro model of a network whose dendrites are random.
@@ -77,13 +71,7 @@ def from_svi(
         epoch_steps: steps of SVI in an epoch.
         num_particles: of an epoch's score.
         num_draws: of the posterior, for the errors.
-        search_optimiser: of the candidates; by default Adam at 0.02.
-        score: of a candidate.
-        num_candidates: for each neuron.
-        num_steps: of the search.
-        init_scale: of a candidate's argument at the start.
-        activation: phi.
-        partial_out: as in `probbp.ops.dendrites.search`; the papers' score is without.
+        search: how candidates are sought; `Search()` by default.
         kwargs: options of the model.
 
     Raises:
@@ -100,7 +88,7 @@ def from_svi(
         >>> import optax
         >>> from numpyro.infer import Predictive
         >>> from numpyro.infer.autoguide import AutoNormal
-        >>> from probbp.models.growth import grow, with_dendrites
+        >>> from probbp.models.growth import Search, grow, with_dendrites
         >>> def model(x, y=None, *, layer):
         ...     w = numpyro.sample("w", dist.Normal(0, 1).expand([2, 1]).to_event(2))
         ...     with numpyro.plate("rows", len(x)):
@@ -108,8 +96,8 @@ def from_svi(
         >>> x = jax.random.normal(jax.random.key(0), (100, 2))
         >>> y = jnp.tanh(2 * x[:, 0] * x[:, 1])
         >>> host = from_svi(
-        ...     jax.random.key(1), model, optax.adam(0.05), x, y, layers=["out"], num_steps=20
-        ... )
+        ...     jax.random.key(1), model, optax.adam(0.05), x, y, layers=["out"],
+        ...     search=Search(num_steps=20))
         >>> result = grow(jax.random.key(2), host, max_sets=1, max_epochs=3, progress_bar=False)
         >>> grown = with_dendrites(model, result.dendrites)
         >>> latents = Predictive(AutoNormal(grown), params=result.params, num_samples=5)
@@ -122,72 +110,98 @@ def from_svi(
     epoch_steps = check_count("epoch_steps", epoch_steps)
     num_particles = check_count("num_particles", num_particles)
     num_draws = check_count("num_draws", num_draws)
-    searched = search_optimiser, score, num_candidates, num_steps
-    search = checked_search(Search(*searched, init_scale, activation, partial_out))
-    layer_fn = partial(ops.grown, activation=activation)
+    search = checked_search(search)
+    layer = partial(ops.grown, activation=search.activation)
     kernels = _kernels(rng_key, model, args, kwargs, layers)
-    programs = {}
     rules = {"prior_scale": prior_scale, "accept_all": accept_all, "num_draws": num_draws}
     accept = jax.jit(partial(_accept, search=search, **rules))
+    built = partial(
+        _program,
+        model,
+        guide,
+        optimiser,
+        args,
+        kwargs,
+        layer_fn=layer,
+        prior_scale=prior_scale,
+        num_particles=num_particles,
+    )
+    shapes = {name: kernels[name] for name in layers}
+    return _SVIHost(rng_key, shapes, args, epoch_steps, num_draws, accept, built, layer)
 
-    def program(masks):
-        """Return SVI, and its compiled functions, for the sites that these masks have."""
+
+@dataclass(frozen=True)
+class _SVIHost:
+    """A NumPyro model, and the programs of each structure of its sites."""
+
+    rng_key: jax.Array
+    kernels: dict[str, jax.ShapeDtypeStruct]
+    args: tuple
+    epoch_steps: int
+    num_draws: int
+    accept: Callable[..., Proposal]
+    built: Callable[..., "_Program"]
+    layer: Callable
+    max_sets: None = None
+    known: dict[Any, "_Program"] = field(default_factory=dict)
+
+    def program(self, dendrites):
+        """Return SVI, and its compiled functions, for the sites that these dendrites have."""
+        masks = masks_of(dendrites)
         sites = sites_of(masks)
         structure = tuple((site, tuple(neurons)) for site, (_, _, neurons) in sites.items())
         sizes = tuple((name, len(mask)) for name, mask in sorted(masks.items()))
-        if (structure, sizes) not in programs:
-            programs[structure, sizes] = _program(
-                model, guide, optimiser, args, kwargs, sites, layer_fn, prior_scale, num_particles
-            )
-        return programs[structure, sizes]
+        if (structure, sizes) not in self.known:
+            self.known[structure, sizes] = self.built(sites)
+        return self.known[structure, sizes]
 
-    def like(masks):
+    def init(self):
+        return self.like({name: [] for name in self.kernels})
+
+    def like(self, masks):
         dendrites = {}
-        for name in layers:
-            there = ops.empty(jnp.zeros(kernels[name].shape, kernels[name].dtype), len(masks[name]))
-            shape = there.mask.shape
-            mask = jnp.asarray(masks[name], there.mask.dtype).reshape(shape)
+        for name, kernel in self.kernels.items():
+            there = ops.empty(jnp.zeros(kernel.shape, kernel.dtype), len(masks[name]))
+            mask = jnp.asarray(masks[name], there.mask.dtype).reshape(there.mask.shape)
             dendrites[name] = there._replace(mask=mask)
-        return Fit(program(masks_of(dendrites)).init(rng_key, dendrites).optim_state, dendrites)
+        state = self.program(dendrites).init(self.rng_key, dendrites)
+        return Fit(state.optim_state, dendrites)
 
-    def epoch(key, fit):
-        run = program(masks_of(fit.dendrites))
-        state, score = run.epoch(key, rng_key, fit.state, fit.dendrites, args, epoch_steps)
+    def epoch(self, rng_key, fit):
+        run = self.program(fit.dendrites)
+        shared = fit.state, fit.dendrites, self.args
+        state, score = run.epoch(rng_key, self.rng_key, *shared, self.epoch_steps)
         return Fit(state, fit.dendrites), score
 
-    def propose(rng_key, fit):
+    def propose(self, rng_key, fit):
         key_draws, key_search = jax.random.split(rng_key)
-        run = program(masks_of(fit.dendrites))
-        observed, labelled = run.observe(key_draws, fit.state, fit.dendrites, args, num_draws)
+        run = self.program(fit.dendrites)
+        shared = fit.state, fit.dendrites, self.args
         observed, labelled = (
-            {name: each[name] for name in layers} for each in (observed, labelled)
+            {name: each[name] for name in self.kernels}
+            for each in run.observe(key_draws, *shared, self.num_draws)
         )
-        return accept(key_search, observed, labelled, fit.dendrites)
+        return self.accept(key_search, observed, labelled, fit.dendrites)
 
-    def grow(fit, proposal, slot):
-        old = program(masks_of(fit.dendrites))
+    def grow(self, fit, proposal, slot):
+        del slot
+        old = self.program(fit.dendrites)
         dendrites = {
             name: ops.grow(there, proposal.candidates[name], proposal.masks[name])
             for name, there in fit.dendrites.items()
         }
-        new = program(masks_of(dendrites))
-        state = new.init(rng_key, dendrites, _starts(old, new, proposal))
+        new = self.program(dendrites)
+        state = new.init(self.rng_key, dendrites, _starts(old, new, proposal))
         params = dict(new.svi.optim.get_params(state.optim_state))
         known = old.svi.optim.get_params(fit.state)
         params |= {name: leaf for name, leaf in known.items() if name in params}
         return Fit(new.svi.optim.init(params), dendrites)
 
-    return Host(
-        init=lambda: like({name: [] for name in layers}),
-        like=like,
-        epoch=epoch,
-        propose=propose,
-        grow=grow,
-        params=lambda fit: program(masks_of(fit.dendrites)).constrained(fit.state),
-        layer=layer_fn,
-        max_sets=None,
-        programs=programs_of(epoch, propose),
-    )
+    def params(self, fit):
+        return self.program(fit.dendrites).constrained(fit.state)
+
+    def programs(self, fit):
+        return programs_of(self, fit)
 
 
 class _Program(NamedTuple):
@@ -201,7 +215,9 @@ class _Program(NamedTuple):
     observe: Callable[..., Any]
 
 
-def _program(model, guide, optimiser, args, kwargs, weights, layer_fn, prior_scale, num_particles):
+def _program(
+    model, guide, optimiser, args, kwargs, weights, *, layer_fn, prior_scale, num_particles
+):
     def grown_model(*args, dendrites, **kwargs):
         layer = random_layer(dendrites, weights, layer_fn, prior_scale)
         return model(*args, layer=layer, **kwargs)
