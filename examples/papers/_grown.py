@@ -92,7 +92,7 @@ def fit(key, params, dendrites, train, validation, *, epochs, frozen):
 
 def seek(key, params, dendrites, train, validation, *, num_steps, acceptance, partial_out):
     """Return a set of dendrites, and who gets one."""
-    search = Search(num_steps=num_steps, partial_out=partial_out)
+    search = Search(optax.adam(0.02), ops.correlation, 4, num_steps, 1.0, jnp.tanh, partial_out)
     half = len(validation[0]) // 2
     halves = [tuple(leaf[rows] for leaf in validation) for rows in np.split(np.r_[: 2 * half], 2)]
     plain = ops.grown(dendrites)
