@@ -1,5 +1,6 @@
 """`probbp.sample` and `probbp.warmup`: from a log density to moments that are right."""
 
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -148,6 +149,16 @@ def test_the_log_density_is_compiled_once_a_phase():
         return len(traces)
 
     assert count_traces(4) == count_traces(400) < 10
+
+
+@members(["mala", "pc_line_fmala", "surrogate"], quick=["mala"])
+def test_each_program_of_a_run_is_compiled_once(name, caplog):
+    """The start, the warm-up, what it learned, the draws: each for stretches of one length."""
+    algorithm = partial(getattr(probbp, name), lambda x: logdensity_fn(x) / 3)
+    with jax.log_compiles():
+        quiet(jax.random.key(0), algorithm, START, num_warmup=120, num_samples=120)
+    programs = r"Finished XLA compilation of jit\((all_chains|init|warm_up|learn|draw)\)"
+    assert len(re.findall(programs, caplog.text)) == 4
 
 
 def test_starts_are_dispersed_and_finite():

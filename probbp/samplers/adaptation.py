@@ -107,6 +107,8 @@ def adaptation(
             learn = _recipe(metric, num_params).build_core(buffer_size=max(num_steps, 1))
             state = learn.init(num_params)
             initial = initial._replace(inverse_mass_matrix=state.inverse_mass_matrix, metric=state)
+        # Of the types that updates have: weak ones would compile the warm-up a second time.
+        initial = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), initial)
 
     def end_window(state: AdaptationState) -> AdaptationState:
         metric_state = learn.final(state.metric)
