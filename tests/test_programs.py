@@ -334,13 +334,21 @@ def test_what_is_called_back_is_called_anew():
 
 @pytest.fixture
 def kept(tmp_path):
-    """A folder of its own for compiled programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    compilation_cache.reset_cache()
+    """A folder of its own for compiled programs, the quick ones too."""
+    ours = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in ours}
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(ours)
     yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
+    use(before)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
