@@ -1,4 +1,4 @@
-"""The sources of `models/` are the package `probbp.models`, also where `probbp/models` is no link."""
+"""The sources of `models/` are the package `probbp.models`, with or without links."""
 
 from pathlib import Path
 
