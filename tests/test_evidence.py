@@ -166,6 +166,15 @@ def test_correlated_draws_count_as_few():
 
 
 @pytest.mark.slow
+def test_a_large_constant_takes_no_digits_in_single_precision(unrefined):
+    """Where the log density itself is known to 1/16 only: its rounding averages out."""
+    draws = jnp.asarray(np.random.default_rng(5).normal(size=(4, 500, 2)), "float32")
+    logdensity_fn = lambda x: 1e6 - jnp.sum(x**2) / 2
+    found = probbp.log_evidence(jax.random.key(0), logdensity_fn, draws)
+    assert abs(found.log_evidence - 1e6 - np.log(2 * np.pi)) < 4 * found.error < 0.02
+
+
+@pytest.mark.slow
 def test_a_pytree_and_batches_are_the_same(unrefined):
     target = regression()
     rng = np.random.default_rng(4)

@@ -55,10 +55,17 @@ def test_an_editable_install_names_the_package_alone(checkout, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     pip("--python", python, "install", "--no-deps", "--editable", checkout)
     (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    assert not (packages / "probbp").exists()  # a copy of it, which would grow old
+    # No copy, which would grow old, but the way to what is edited.
+    (file,) = [path for path in (packages / "probbp").rglob("*") if path.suffix != ".pyc"]
+    assert str(checkout / "probbp" / "__init__.py") in file.read_text()
     found = "import importlib.util as i; print(*map(i.find_spec, ('models', 'tests')))"
     command = [python, "-I", "-c", found]
     assert subprocess.check_output(command, text=True).split() == ["None", "None"]
+    # Also beside the clone, whose folder has the package's name.
+    found = "import importlib.util as i; print(i.find_spec('probbp').origin)"
+    command = [python, "-c", found]
+    origin = subprocess.check_output(command, text=True, cwd=checkout.parent).strip()
+    assert Path(origin) == file
 
 
 def test_models_are_found_without_the_link(checkout):

@@ -141,9 +141,13 @@ def log_evidence(
         values = jax.lax.map(one, x, batch_size=batch_size or len(x))
         return jnp.where(jnp.isnan(values), -jnp.inf, values)
 
-    reference = jax.jit(fit_reference)(key_fit, rows[0], evaluate(rows[0]))
+    # A constant would take digits from all that follows; it is added in Python's double precision.
+    first = evaluate(rows[0])
+    constant = jnp.median(first)
+    centered = lambda x: evaluate(x) - constant
+    reference = jax.jit(fit_reference)(key_fit, rows[0], first - constant)
     weigh = jax.jit(log_weight)
-    at_draws = weigh(reference, rows[1], evaluate(rows[1])).reshape(num_chains, -1)
+    at_draws = weigh(reference, rows[1], centered(rows[1])).reshape(num_chains, -1)
     weights, held_out_std = weights_of(at_draws), float(reference.held_out_std)
     if reasons := distrust_of_weights(weights) + distrust_of_fit(held_out_std):
         raise ValueError(
@@ -154,7 +158,7 @@ def log_evidence(
     draw = jax.jit(draw_reference, static_argnums=2)
     drawn = draw(key_draw, reference, num_evaluations + NUM_FREE)
     x, _ = jax.vmap(partial(forward, reference.transport))(drawn[:num_evaluations])
-    upper, upper_error = bridge(at_draws, weigh(reference, x, evaluate(x))[None])
+    upper, upper_error = bridge(at_draws, weigh(reference, x, centered(x))[None])
 
     free = drawn[num_evaluations:]
     gaussian = jax.random.normal(key_gaussian, free.shape, free.dtype)
@@ -162,7 +166,7 @@ def log_evidence(
     at_free, at_gaussian = (remainder(reference.surrogate, z)[None] for z in (free, gaussian))
     lower, lower_error = bridge(at_free, at_gaussian)
     return Evidence(
-        float(upper + lower + dim / 2 * jnp.log(2 * jnp.pi)),
+        float(constant) + float(upper + lower + dim / 2 * jnp.log(2 * jnp.pi)),
         float(jnp.hypot(upper_error, lower_error)),
         weights.pareto_k,
         held_out_std,
