@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 from blackjax import GenerateSamplingAPI
-from blackjax.base import SamplingAlgorithm
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.mcmc.metrics import default_metric
 
-from probbp.types import Tree
+from probbp.checks import check_function
+from probbp.samplers import checks
+from probbp.types import LogDensity, Tree
 
 LEARNS = "step_size", "inverse_mass_matrix"
 """Options of an algorithm that warm-up finds, unless it brings a warm-up of its own."""
@@ -240,3 +243,26 @@ def _name(algorithm):
     """Return how a message names what was given as an algorithm."""
     known = _path(algorithm) or getattr(algorithm, "__qualname__", "")
     return known or f"an object of type {type(algorithm).__name__}"
+
+
+def top_level_api(
+    build_kernel: Callable[[], Callable],
+    init: Callable,
+    logdensity_fn: LogDensity,
+    step_size: Any,
+    inverse_mass_matrix: Any,
+    **options: Any,
+) -> SamplingAlgorithm:
+    """Bind a kernel to a log density, a step size, a scale and its options, all checked here."""
+    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
+    checks.check_step_size(step_size)
+    metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
+    return build_sampling_algorithm(
+        partial(build_kernel(), **options),
+        lambda position, logdensity_fn, rng_key: init(
+            position, logdensity_fn, rng_key, inverse_mass_matrix=metric
+        ),
+        logdensity_fn,
+        kernel_args=(step_size, metric),
+        pass_rng_key_to_init=True,
+    )

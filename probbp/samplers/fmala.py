@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.base import SamplingAlgorithm
 from blackjax.mcmc.mala import MALAState
-from blackjax.mcmc.metrics import default_metric
 from blackjax.util import generate_unit_vector
 
-from probbp.checks import check_choice, check_function, check_number, check_rng_key
+from probbp.checks import check_choice, check_number, check_rng_key
 from probbp.samplers import checks
-from probbp.samplers.algorithm import Algorithm
+from probbp.samplers.algorithm import Algorithm, top_level_api
 from probbp.samplers.curvature import (
     FLOOR,
     Curvature,
@@ -129,24 +128,6 @@ def check_policy(key_policy: str, curvature: Curvature) -> None:
     check_choice("key_policy", key_policy, choices)
 
 
-def top_level_api(
-    build: Callable, logdensity_fn: LogDensity, step_size: float, metric: Any, **options
-) -> SamplingAlgorithm:
-    """Bind a kernel of the family to a log density, a step size, a scale and its options."""
-    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
-    checks.check_step_size(step_size)
-    metric = None if metric is None else default_metric(metric)
-    return build_sampling_algorithm(
-        partial(build(), **options),
-        lambda position, logdensity_fn, rng_key: init(
-            position, logdensity_fn, rng_key, inverse_mass_matrix=metric
-        ),
-        logdensity_fn,
-        kernel_args=(step_size, metric),
-        pass_rng_key_to_init=True,
-    )
-
-
 def as_top_level_api(
     logdensity_fn: LogDensity,
     step_size: float,
@@ -191,6 +172,7 @@ def as_top_level_api(
     check_number("drift_scale", drift_scale, "(-inf, inf)")
     return top_level_api(
         build_fmala_kernel,
+        init,
         logdensity_fn,
         step_size,
         inverse_mass_matrix,
@@ -249,6 +231,7 @@ def pc_as_top_level_api(
     check_number("floor", floor, "[0, inf)", "0 takes the curvature as it is.")
     return top_level_api(
         build_pc_fmala_kernel,
+        init,
         logdensity_fn,
         step_size,
         inverse_mass_matrix,

@@ -17,7 +17,7 @@ from blackjax.util import generate_unit_vector
 from jax.flatten_util import ravel_pytree
 
 from probbp.checks import check_count, check_number
-from probbp.samplers.algorithm import Algorithm
+from probbp.samplers.algorithm import Algorithm, top_level_api
 from probbp.samplers.curvature import (
     FLOOR,
     Curvature,
@@ -27,7 +27,7 @@ from probbp.samplers.curvature import (
     no_curvature,
     principal_axes,
 )
-from probbp.samplers.fmala import init, op_key, top_level_api
+from probbp.samplers.fmala import init, op_key
 from probbp.samplers.mala import MALAInfo, accept_or_reject
 from probbp.samplers.whitening import whitening
 from probbp.types import LogDensity, Tree, keyed
@@ -165,6 +165,7 @@ def as_top_level_api(
     check_count("num_inner_steps", num_inner_steps)
     return top_level_api(
         build_line_kernel,
+        init,
         logdensity_fn,
         step_size,
         inverse_mass_matrix,
@@ -222,6 +223,7 @@ def pc_as_top_level_api(
     check_number("floor", floor, "[0, inf)", "0 takes the curvature as it is.")
     return top_level_api(
         build_pc_line_kernel,
+        init,
         logdensity_fn,
         step_size,
         inverse_mass_matrix,

@@ -12,15 +12,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.base import SamplingAlgorithm
 from blackjax.mcmc.mala import MALAState
-from blackjax.mcmc.metrics import default_metric
 from blackjax.mcmc.proposal import static_binomial_sampling
 from blackjax.util import generate_gaussian_noise
 
-from probbp.checks import check_choice, check_estimator, check_function, check_rng_key
+from probbp.checks import check_choice, check_estimator, check_rng_key
 from probbp.samplers import checks
-from probbp.samplers.algorithm import Algorithm
+from probbp.samplers.algorithm import Algorithm, top_level_api
 from probbp.samplers.whitening import IDENTITY, Whitening, whitening
 from probbp.types import Estimator, LogDensity, Tree, keyed, ways_out
 
@@ -165,24 +164,17 @@ def as_top_level_api(
         the proposal; the densities of the keys cancel in the ratio (cf. Storvik, 2011;
         Neklyudov et al., 2020, arXiv:2006.16653).
     """
-    check_function("logdensity_fn", logdensity_fn, checks.A_LOG_DENSITY)
-    checks.check_step_size(step_size)
     check_choice("key_policy", key_policy, KEY_POLICIES)
     if estimator is not None:
         check_estimator(estimator)
-    metric = None if inverse_mass_matrix is None else default_metric(inverse_mass_matrix)
-    return build_sampling_algorithm(
-        partial(build_kernel(), estimator=estimator, key_policy=key_policy),
-        lambda position, logdensity_fn, rng_key: init(
-            position,
-            logdensity_fn,
-            rng_key,
-            inverse_mass_matrix=metric,
-            estimator=estimator,
-        ),
+    return top_level_api(
+        build_kernel,
+        partial(init, estimator=estimator),
         logdensity_fn,
-        kernel_args=(step_size, metric),
-        pass_rng_key_to_init=True,
+        step_size,
+        inverse_mass_matrix,
+        estimator=estimator,
+        key_policy=key_policy,
     )
 
 
