@@ -1,6 +1,7 @@
 """What is compiled, and how often; what memory it takes, and who owns it."""
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -83,6 +84,15 @@ def test_an_equal_call_of_sample_compiles_nothing(compiled):
     assert not compiled
     same(first, again, rtol=0)
     assert not np.array_equal(first.posterior["a"].values, other.posterior["a"].values)
+
+
+def test_a_scan_from_python_s_numbers_is_compiled_once(caplog):
+    """They are weakly typed, what comes back from the first stretch is not."""
+    f = lambda c, _: (c * jnp.float32(0.5), c)
+    with jax.log_compiles():
+        carry, ys = probbp.checkpointed_scan(f, 1.0, 20, every=10, progress_bar=False)
+    assert carry.dtype == ys.dtype == jax.lax.scan(f, 1.0, None, 20)[0].dtype == jnp.float32
+    assert len(re.findall(r"Finished XLA compilation of jit\(steps\)", caplog.text)) == 1
 
 
 def test_what_differs_is_compiled_anew():

@@ -81,15 +81,14 @@ def checkpointed_scan(
     every = check_count("every", every)
     checks.check_folder("checkpoint", checkpoint)
     _refuse_tracers(init)
-    # Once through `f`, so that Python's numbers among the carry have types.
-    init = jax.tree.map(jnp.asarray, init)
+    init = _typed(f, jax.tree.map(jnp.asarray, init))
+    y = jax.eval_shape(f, init, None)[1]
 
     def steps(carry, num):
         return jax.lax.scan(f, carry, None, length=num)
 
     described = {"the program": (lambda c: steps(c, 1), (init,))}
     run = latest((), described, jax.jit(steps, static_argnums=1))
-    y = jax.eval_shape(lambda carry: f(carry, None)[1], init)
 
     def like(done, note):
         del note
@@ -118,6 +117,22 @@ def checkpointed_scan(
             loop.show(num, _words(history[-1]))
             loop.keep(start + num, state)
     return carry, _joined(history)
+
+
+def _typed(f, init):
+    """Give Python's numbers in the first carry the types that `jax.lax.scan` gives them.
+
+    Else the second stretch, which begins with what the first has returned, would be compiled anew.
+    """
+    carry, _ = jax.eval_shape(f, init, None)
+    if jax.tree.structure(carry) != jax.tree.structure(init):
+        return init  # which JAX's scan refuses in words of its own
+
+    def typed(leaf, out):
+        is_weak = getattr(leaf, "weak_type", False)  # a key has no such attribute
+        return jnp.asarray(leaf, out.dtype) if is_weak else leaf
+
+    return jax.tree.map(typed, init, carry)
 
 
 def _refuse_tracers(carry):
