@@ -71,7 +71,8 @@ def test_an_editable_install_names_the_package_alone(checkout, tmp_path):
     # Also beside the clone, whose folder has the package's name.
     found = "import importlib.util as i; print(i.find_spec('probbp').origin)"
     command = [python, "-c", found]
-    origin = subprocess.check_output(command, text=True, cwd=checkout.parent).strip()
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    origin = subprocess.check_output(command, text=True, cwd=checkout.parent, env=alone).strip()
     assert Path(origin) == file
 
 

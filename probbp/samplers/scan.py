@@ -122,7 +122,7 @@ def checkpointed_scan(
 def _typed(f, init):
     """Give Python's numbers in the first carry the types that `jax.lax.scan` gives them.
 
-    Else the second stretch, which begins with what the first has returned, would be compiled anew.
+    Else the second stretch, which begins with what the first has returned, would be compiled again.
     """
     carry, _ = jax.eval_shape(f, init, None)
     if jax.tree.structure(carry) != jax.tree.structure(init):
