@@ -414,7 +414,7 @@ def rows(x, errors):
     return ops.rows(ops.Observation(x, errors), ops.empty(np.zeros((x.shape[1], errors.shape[1]))))
 
 
-search = compiled(partial(ops.search, optimiser=optax.adam(0.05), num_candidates=4, num_steps=120))
+search = compiled(partial(ops.search, optimizer=optax.adam(0.05), num_candidates=4, num_steps=120))
 
 
 def test_a_planted_branch_is_found():
@@ -454,7 +454,7 @@ def test_where_nothing_is_left_nothing_is_found():
     # with `orthogonalise` alone.
     errors = design @ np.linalg.lstsq(design[:num], y[:num], rcond=None)[0] - y
     found = compiled(
-        partial(ops.search, optimiser=optax.adam(0.05), num_candidates=2, num_steps=20)
+        partial(ops.search, optimizer=optax.adam(0.05), num_candidates=2, num_steps=20)
     )(KEY, rows(x[:num], errors[:num]), rows(x[num:-num], errors[num:-num]))
     fresh = slice(-num, None)
     d = np.tanh(x[fresh] @ found.candidate.kernel + found.candidate.bias)

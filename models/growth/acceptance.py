@@ -41,10 +41,10 @@ class Search(NamedTuple):
     """How candidates are sought: the options of `probbp.ops.dendrites.search`.
 
     Attributes:
-        optimiser: of Optax, of the candidates.
+        optimizer: of Optax, of the candidates.
         score: of a candidate.
         num_candidates: for each neuron.
-        num_steps: of the optimiser.
+        num_steps: of the optimizer.
         init_scale: of a candidate's argument at the start.
         activation: phi, of the dendrites.
         partial_out: whether the score is of what the inputs do not say linearly; the papers' score
@@ -55,7 +55,7 @@ class Search(NamedTuple):
         4
     """
 
-    optimiser: Any = optax.adam(0.02)
+    optimizer: Any = optax.adam(0.02)
     score: Callable[..., jax.Array] = ops.correlation
     num_candidates: int = 4
     num_steps: int = 200

@@ -99,11 +99,11 @@ def from_loss(
 
 @dataclass(frozen=True)
 class _LossHost:
-    """A network, its loss, its optimiser and its data."""
+    """A network, its loss, its optimizer and its data."""
 
     first: Any
     kernels: dict[str, jax.ShapeDtypeStruct]
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
     freeze: bool
     data: tuple[Any, Any]
     run_epoch: Callable
@@ -147,8 +147,8 @@ class _LossHost:
         return programs_of(self, fit)
 
     def _fresh(self, params, dendrites):
-        """Return the network with a new state of the optimiser."""
-        state = self.optimiser.init(_trained(params, dendrites, self.freeze))
+        """Return the network with a new state of the optimizer."""
+        state = self.optimizer.init(_trained(params, dendrites, self.freeze))
         return Fit((params, state), dendrites)
 
 

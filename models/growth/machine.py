@@ -57,7 +57,7 @@ class Host(Protocol):
         ...
 
     def grow(self, fit: Fit, proposal: Proposal, slot: int) -> Fit:
-        """Connect them, with a fresh optimiser; `slot` counts the sets."""
+        """Connect them, with a fresh optimizer; `slot` counts the sets."""
         ...
 
     def params(self, fit: Fit) -> Any:

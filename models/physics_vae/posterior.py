@@ -138,8 +138,8 @@ def pareto_k(
         >>> x = jax.vmap(physics)({"rate": rate}) + 0.2 * c
         >>> priors = {"rate": dist.LogNormal(0.0, 0.5)}
         >>> vae = physics_vae(physics, priors, x, domain=continuous(c), domain_dim=1)
-        >>> optimiser = svi(vae, optax.adam(3e-3), strength=0.0)
-        >>> result = optimiser.run(jax.random.key(0), 300, x, c, progress_bar=False)
+        >>> optimizer = svi(vae, optax.adam(3e-3), strength=0.0)
+        >>> result = optimizer.run(jax.random.key(0), 300, x, c, progress_bar=False)
         >>> pareto_k(vae, jax.random.key(1), result.params, x[:3], c[:3], num_samples=200).shape
         (3,)
 

@@ -92,7 +92,7 @@ def search(
     rng_key: jax.Array,
     train: Rows,
     held: Rows,
-    optimiser: Any,
+    optimizer: Any,
     *,
     score: Score = correlation,
     num_candidates: int = 8,
@@ -115,10 +115,10 @@ def search(
         rng_key: a key.
         train: rows to learn from.
         held: rows to choose by.
-        optimiser: of Optax, or anything with its `init` and `update`.
+        optimizer: of Optax, or anything with its `init` and `update`.
         score: `(d, errors, curvature) -> (n,)`, such as `correlation`, `covariance`, `gain`.
         num_candidates: for each neuron.
-        num_steps: of the optimiser.
+        num_steps: of the optimizer.
         activation: phi.
         init_scale: standard deviation of a candidate's argument at the start. Small ones are nearly
             linear, and what is linear in the inputs the trained neuron says itself.
@@ -201,11 +201,11 @@ def search(
         pool, state, found = carry
         # A neuron's score depends on its own candidate alone, so that the sum has all gradients.
         slope = jax.grad(lambda pool: -jnp.sum(train_scores(pool)))(pool)
-        updates, state = optimiser.update(slope, state, pool)
+        updates, state = optimizer.update(slope, state, pool)
         pool = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), pool, updates)
         return (pool, state, better(found, pool)), None
 
-    carry = pool, optimiser.init(pool), (pool, held_scores(pool))
+    carry = pool, optimizer.init(pool), (pool, held_scores(pool))
     _, _, (best, best_score) = jax.lax.scan(step, carry, None, length=num_steps)[0]
     winner = jnp.argmax(best_score, 0)
 
